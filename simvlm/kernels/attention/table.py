@@ -1,0 +1,12 @@
+"""The implementations of `prefix_attention`, in order of preference within each family. A new kernel is one row."""
+
+from simvlm.kernels.dispatch import Impl
+
+_ROOM = "simvlm.kernels.attention"
+IMPLS = (
+    Impl("triton", "torch", f"{_ROOM}.triton_gpu"),
+    Impl("cpp", "torch", f"{_ROOM}.cpp_cpu"),
+    Impl("reference", "torch", f"{_ROOM}.reference"),
+    Impl("xla", "jax", f"{_ROOM}.xla"),
+    Impl("cpp", "numpy", f"{_ROOM}.cpp_cpu"),
+)
