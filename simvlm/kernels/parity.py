@@ -38,7 +38,7 @@ def violations(spec: ModuleType, case: Any, family: str, impl: str | None, dtype
     got = run(spec, case, inputs, family, impl, dtype)
     found = []
     for name, value in got.items():
-        ratios = (spec.RATIO_MAX[dtype], spec.RATIO_RMS[dtype])
+        ratios = getattr(spec, "WIDER", {}).get((dtype, name), (spec.RATIO_MAX[dtype], spec.RATIO_RMS[dtype]))
         found += _compare(name, value, truth[name], yardstick[name], ratios, spec.FLOOR * magnitudes[name])
     return found
 

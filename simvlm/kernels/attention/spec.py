@@ -22,6 +22,16 @@ DTYPES = ("float32", "bfloat16", "float16")
 # contract.md §4: err(kernel) <= ratio · err(yardstick) + floor, for the largest error and for its rms.
 RATIO_MAX = {"float32": 3.0, "bfloat16": 3.0, "float16": 3.0}
 RATIO_RMS = {"float32": 2.0, "bfloat16": 1.25, "float16": 1.25}
+# Wider (largest, rms) where a flash backward must lose more than the unfused one; it subtracts delta = <dout, out>:
+# - 16 bits: out is the stored, rounded one, so a row's error is shared by all its dS, and the table's gradient sums
+#   thousands of them. Only an out kept in float32 (memory) or a second pass over the keys (two products) would help.
+# - float32: where a query sees one or few keys dP - delta cancels; the unfused formula is then exact by luck, and the
+#   largest error over an array exceeds a floor made for its rms.
+WIDER = {
+    **{("float32", array): (8.0, 2.0) for array in ("dq", "dk")},
+    **{(dtype, array): (4.0, 2.5) for dtype in ("bfloat16", "float16") for array in ("dq", "dk")},
+    **{(dtype, "drel_bias"): (6.0, 4.0) for dtype in ("bfloat16", "float16")},
+}
 FLOOR = 2.0**-22
 """times the rms of the same formula with every term replaced by its absolute value (`magnitudes`)."""
 
@@ -319,4 +329,51 @@ CASES: tuple[Case, ...] = (
     Case(name="long_causal", q_lens=(2049,), prefix_lens=0, heads=1, tier="full"),
 )
 
-BENCHMARKS: tuple[Case, ...] = ()
+# What `make bench` times. Lengths that a training run would draw at random are drawn once and written down: prefixes
+# uniform in [196, 452) and [900, 964), captions uniform in 4 … 32.
+_PRETRAIN_PREFIXES = (413, 359, 326, 265)
+_CAPTION_LENS = (
+    *(28, 11, 7, 12, 16, 27, 17, 6, 13, 21, 27, 25, 32, 9, 29, 5, 20, 11, 9, 23, 12, 20, 11, 8, 25, 16, 23, 23, 31, 16, 10),
+    *(22, 31, 32, 29, 23, 15, 15, 5, 9, 13, 14, 20, 18, 24, 29, 29, 26, 32, 13, 30, 30, 10, 17, 20, 24, 24, 7, 17, 7, 31),
+    *(9, 17, 29),
+)
+
+BENCHMARKS: tuple[Case, ...] = (
+    Case(
+        name="pretrain",
+        q_lens=(452,) * 4,
+        prefix_lens=_PRETRAIN_PREFIXES,
+        image_grid=(14, 14),
+        padded=(452, 452),
+        heads=12,
+    ),
+    Case(
+        name="px480",
+        q_lens=(964,) * 2,
+        prefix_lens=(930, 932),
+        image_grid=(30, 30),
+        padded=(964, 964),
+        heads=12,
+    ),
+    Case(
+        name="huge",
+        q_lens=(452,) * 4,
+        prefix_lens=_PRETRAIN_PREFIXES,
+        image_grid=(14, 14),
+        padded=(452, 452),
+        heads=16,
+        head_dim=80,
+    ),
+    Case(name="captions", q_lens=_CAPTION_LENS, prefix_lens=0, tail=0, heads=12),
+    Case(name="captions_cross", q_lens=_CAPTION_LENS, k_lens=(214,) * 64, cross=True, tail=0, heads=12),
+    Case(
+        name="decode",
+        q_lens=(1,) * 32,
+        k_lens=(452,) * 32,
+        q_offsets=451,
+        prefix_lens=0,
+        padded=(1, 452),
+        heads=12,
+        gradients=False,
+    ),
+)

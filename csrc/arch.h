@@ -1,0 +1,26 @@
+// CPU levels: which are compiled in, which this processor runs, which one is in use.
+#pragma once
+
+#include "attention.h"
+
+namespace simvlm {
+
+// One level's functions. False: out of memory.
+struct Kernels {
+  const char* level;
+  bool (*attention_forward)(const AttentionForward&);
+  bool (*attention_backward)(const AttentionBackward&);
+};
+
+// The levels compiled in, from the plainest on, and their number.
+const Kernels* all_kernels(int* count);
+
+// Whether this processor (and its operating system) runs the level.
+bool runs_here(const char* level);
+
+// The kernels in use: the newest level that runs here, until select() names another. Null name: back to the newest.
+// False: no such level, or it does not run here.
+const Kernels& kernels();
+bool select(const char* level);
+
+}  // namespace simvlm

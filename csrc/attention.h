@@ -1,0 +1,51 @@
+// Prefix attention on the CPU: the arguments of its two functions (docs/contract.md §2 defines what they compute).
+#pragma once
+
+#include <cstdint>
+
+namespace simvlm {
+
+enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
+
+// One of q, k, v, out and their gradients: element (b, row, n, h) of a padded tensor [B, T, N, H] lies at
+// data + b·batch + row·row_stride + n·head + h, counted in elements; a packed tensor [R, N, H] has batch = 0 and its
+// rows start at the layout's q_starts or k_starts. The last axis is contiguous, data may be unaligned.
+struct Tensor {
+  void* data;
+  int64_t batch, row, head;
+};
+
+// The rows of the layout's int32[7, B].
+struct Bounds {
+  const int32_t *q_starts, *q_lens, *k_starts, *k_lens, *prefix_lens, *q_offsets, *image_lens;
+};
+
+struct AttentionShape {
+  int64_t batch, heads, head_dim;
+  bool padded;
+  int64_t q_rows, k_rows;  // storage rows: T and S per sequence if padded, else R and R' in all
+  Bounds bounds;
+  int64_t grid_height, grid_width;  // 0 without an image grid
+  float scale;
+  DType dtype;
+  int threads;
+};
+
+struct AttentionForward {
+  AttentionShape shape;
+  Tensor q, k, v, out;
+  const float* table;  // float32[N, 2Gh-1, 2Gw-1] or null
+  float* lse;          // [storage rows, N], contiguous
+};
+
+struct AttentionBackward {
+  AttentionShape shape;
+  Tensor q, k, v, out, dout;
+  const float* table;
+  const float *lse, *dlse;  // contiguous; dlse may be null
+  Tensor dq, dk, dv;        // data null where not wanted
+  float* dtable_parts;      // [B, N, 2Gh-1, 2Gw-1], one part per sequence and head, or null; summed by dtable_sum
+  float* dtable;            // [N, 2Gh-1, 2Gw-1]
+};
+
+}  // namespace simvlm

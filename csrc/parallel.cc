@@ -1,0 +1,133 @@
+#include "parallel.h"
+
+#include <unistd.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <thread>
+#include <vector>
+
+namespace simvlm {
+namespace {
+
+struct Job {
+  void (*task)(void*, int64_t) = nullptr;
+  void* context = nullptr;
+  int64_t count = 0;
+  std::atomic<int64_t> next{0};
+
+  void work() {
+    for (int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) task(context, i);
+  }
+};
+
+thread_local bool inside_task = false;
+
+// Workers live as long as the process (or until it forks: the child makes a pool of its own and leaves this one alone).
+class Pool {
+ public:
+  explicit Pool(pid_t owner) : owner(owner) {}
+
+  const pid_t owner;
+
+  bool try_run(int64_t count, int threads, void (*task)(void*, int64_t), void* context) {
+    std::unique_lock<std::mutex> only(entry_, std::try_to_lock);
+    if (!only.owns_lock()) return false;
+    grow(threads - 1);
+    Job job;
+    job.task = task;
+    job.context = context;
+    job.count = count;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      job_ = &job;
+      wanted_ = threads - 1;
+      ++generation_;
+    }
+    wake_.notify_all();
+    inside_task = true;
+    job.work();
+    inside_task = false;
+    std::unique_lock<std::mutex> lock(mutex_);
+    wanted_ = 0;  // a worker that has not woken yet need not: no index is left
+    done_.wait(lock, [this] { return active_ == 0; });
+    job_ = nullptr;
+    return true;
+  }
+
+ private:
+  void grow(int workers) {
+    for (int have = static_cast<int>(workers_.size()); have < workers; ++have) {
+      workers_.emplace_back([this] { serve(); });
+    }
+  }
+
+  void serve() {
+    inside_task = true;
+    uint64_t seen = 0;
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      wake_.wait(lock, [&] { return generation_ != seen; });
+      seen = generation_;
+      if (wanted_ == 0) continue;
+      --wanted_;
+      ++active_;
+      Job* job = job_;
+      lock.unlock();
+      job->work();
+      lock.lock();
+      if (--active_ == 0) done_.notify_one();
+    }
+  }
+
+  std::mutex entry_;  // one job at a time
+  std::mutex mutex_;
+  std::condition_variable wake_, done_;
+  std::vector<std::thread> workers_;
+  Job* job_ = nullptr;
+  int wanted_ = 0, active_ = 0;
+  uint64_t generation_ = 0;
+};
+
+std::atomic<Pool*> current_pool{nullptr};
+
+Pool& pool() {
+  Pool* pool = current_pool.load();
+  const pid_t here = getpid();
+  while (pool == nullptr || pool->owner != here) {
+    Pool* fresh = new Pool(here);
+    if (current_pool.compare_exchange_strong(pool, fresh)) return *fresh;
+    delete fresh;
+  }
+  return *pool;
+}
+
+struct Scratch {
+  float* data = nullptr;
+  int64_t floats = 0;
+  ~Scratch() { std::free(data); }
+};
+thread_local Scratch scratch;
+
+}  // namespace
+
+void parallel_for(int64_t count, int threads, void (*task)(void*, int64_t), void* context) {
+  if (threads > count) threads = static_cast<int>(count);
+  if (threads > 1 && !inside_task && pool().try_run(count, threads, task, context)) return;
+  for (int64_t i = 0; i < count; ++i) task(context, i);
+}
+
+float* thread_scratch(int64_t floats) {
+  if (scratch.floats < floats) {
+    std::free(scratch.data);
+    const size_t bytes = (static_cast<size_t>(floats) * sizeof(float) + 63) / 64 * 64;
+    scratch.data = static_cast<float*>(std::aligned_alloc(64, bytes));
+    scratch.floats = scratch.data == nullptr ? 0 : floats;
+  }
+  return scratch.data;
+}
+
+}  // namespace simvlm

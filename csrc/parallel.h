@@ -1,0 +1,17 @@
+// The only room that names the thread library: a pool of sleeping workers, and scratch memory that each thread keeps.
+#pragma once
+
+#include <cstdint>
+
+namespace simvlm {
+
+// Runs task(context, i) for every i in [0, count) on up to `threads` threads, the caller among them, and returns when
+// all are done. Which thread runs which index is not fixed: a task must write only what its index owns. A call from
+// inside a task, or while another caller holds the pool, runs on the caller alone. Safe after fork.
+void parallel_for(int64_t count, int threads, void (*task)(void* context, int64_t index), void* context);
+
+// This thread's scratch: at least `floats` floats, 64-byte aligned, unspecified contents, valid until the next call
+// from the same thread. Null when memory is exhausted.
+float* thread_scratch(int64_t floats);
+
+}  // namespace simvlm

@@ -1,0 +1,164 @@
+// The Python door: raw addresses and sizes in, nothing of torch or numpy. It checks every number that a kernel will turn
+// into an address, releases the GIL and calls the level in use. simvlm/kernels/attention/cpp_cpu.py is its only caller.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "arch.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using simvlm::AttentionShape;
+using simvlm::Tensor;
+
+using Strided = std::array<int64_t, 4>;  // address, then the strides of sequence, row and head
+
+Tensor tensor(const Strided& t) { return {reinterpret_cast<void*>(t[0]), t[1], t[2], t[3]}; }
+
+template <class T>
+T* pointer(int64_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+[[noreturn]] void refuse(const std::string& what, int64_t b) {
+  throw py::value_error("prefix_attention: layout must stay within the storage, got " + what + " for sequence " +
+                        std::to_string(b));
+}
+
+// Queries [start, start + len) within `rows`, ascending without overlap and from row 0 where they are to be written.
+void check_ranges(const char* name, const int32_t* starts, const int32_t* lens, int64_t batch, int64_t rows,
+                  bool padded, bool written) {
+  int64_t end = 0;
+  for (int64_t b = 0; b < batch; ++b) {
+    const int64_t start = padded ? 0 : starts[b], len = lens[b];
+    const std::string range = std::string(name) + " rows " + std::to_string(start) + " to " + std::to_string(start + len);
+    if (start < 0 || len < 0 || start + len > rows) refuse(range + " of " + std::to_string(rows), b);
+    if (padded || !written) continue;
+    if (start < end) refuse(range + " after " + std::to_string(end) + " (ranges overlap or descend)", b);
+    end = start + len;
+  }
+}
+
+struct Statics {
+  int64_t batch, heads, head_dim;
+  bool padded;
+  int64_t q_rows, k_rows, grid_height, grid_width;
+  float scale;
+  int dtype, threads;
+};
+
+AttentionShape checked_shape(int64_t bounds, const Statics& s, bool keys_written) {
+  if (s.batch < 0 || s.heads < 1 || s.head_dim < 8 || s.head_dim > 128 || s.head_dim % 8 != 0 || s.dtype < 0 ||
+      s.dtype > 2 || s.grid_height < 0 || s.grid_width < 0 || s.q_rows < 0 || s.k_rows < 0) {
+    throw py::value_error("prefix_attention: shape must be what the contract says");
+  }
+  const auto* row = pointer<const int32_t>(bounds);
+  const simvlm::Bounds at{row,
+                          row + s.batch,
+                          row + 2 * s.batch,
+                          row + 3 * s.batch,
+                          row + 4 * s.batch,
+                          row + 5 * s.batch,
+                          row + 6 * s.batch};
+  check_ranges("query", at.q_starts, at.q_lens, s.batch, s.q_rows, s.padded, true);
+  check_ranges("key", at.k_starts, at.k_lens, s.batch, s.k_rows, s.padded, keys_written);
+  for (int64_t b = 0; b < s.batch; ++b) {
+    if (at.prefix_lens[b] < 0) refuse("prefix_lens " + std::to_string(at.prefix_lens[b]), b);
+    if (at.q_offsets[b] < 0) refuse("q_offsets " + std::to_string(at.q_offsets[b]), b);
+    if (at.image_lens[b] < 0 || at.image_lens[b] > s.grid_height * s.grid_width) {
+      refuse("image_lens " + std::to_string(at.image_lens[b]), b);
+    }
+  }
+  if (!s.padded && s.batch > 0 && at.q_starts[0] != 0) refuse("a first query row that is not 0", 0);
+  return {s.batch,       s.heads,      s.head_dim, s.padded, s.q_rows, s.k_rows,
+          at,            s.grid_height, s.grid_width, s.scale,  static_cast<simvlm::DType>(s.dtype),
+          s.threads < 1 ? 1 : s.threads};
+}
+
+void attention_forward(const Strided& q, const Strided& k, const Strided& v, const Strided& out, int64_t lse,
+                       int64_t table, int64_t bounds, int64_t batch, int64_t heads, int64_t head_dim, bool padded,
+                       int64_t q_rows, int64_t k_rows, int64_t grid_height, int64_t grid_width, float scale, int dtype,
+                       int threads) {
+  const Statics statics{batch,       heads,      head_dim, padded, q_rows, k_rows,
+                        grid_height, grid_width, scale,    dtype,  threads};
+  const simvlm::AttentionForward problem{checked_shape(bounds, statics, false), tensor(q), tensor(k), tensor(v),
+                                         tensor(out), pointer<const float>(table), pointer<float>(lse)};
+  py::gil_scoped_release released;
+  if (!simvlm::kernels().attention_forward(problem)) throw std::bad_alloc();
+}
+
+void attention_backward(const Strided& q, const Strided& k, const Strided& v, const Strided& out, const Strided& dout,
+                        const Strided& dq, const Strided& dk, const Strided& dv, int64_t lse, int64_t dlse,
+                        int64_t table, int64_t dtable, int64_t bounds, int64_t batch, int64_t heads, int64_t head_dim,
+                        bool padded, int64_t q_rows, int64_t k_rows, int64_t grid_height, int64_t grid_width,
+                        float scale, int dtype, int threads) {
+  const Statics statics{batch,       heads,      head_dim, padded, q_rows, k_rows,
+                        grid_height, grid_width, scale,    dtype,  threads};
+  const bool keys_written = dk[0] != 0 || dv[0] != 0;
+  simvlm::AttentionBackward problem{checked_shape(bounds, statics, keys_written),
+                                    tensor(q),
+                                    tensor(k),
+                                    tensor(v),
+                                    tensor(out),
+                                    tensor(dout),
+                                    pointer<const float>(table),
+                                    pointer<const float>(lse),
+                                    pointer<const float>(dlse),
+                                    tensor(dq),
+                                    tensor(dk),
+                                    tensor(dv),
+                                    nullptr,
+                                    pointer<float>(dtable)};
+  py::gil_scoped_release released;
+  std::unique_ptr<float[]> parts;
+  if (dtable != 0) {
+    const int64_t size = batch * heads * (2 * grid_height - 1) * (2 * grid_width - 1);
+    parts.reset(new float[static_cast<size_t>(size)]);
+    problem.dtable_parts = parts.get();
+  }
+  if (!simvlm::kernels().attention_backward(problem)) throw std::bad_alloc();
+}
+
+// Every compiled level and whether this processor runs it.
+std::vector<std::pair<std::string, bool>> levels() {
+  int count = 0;
+  const simvlm::Kernels* rows = simvlm::all_kernels(&count);
+  std::vector<std::pair<std::string, bool>> found;
+  for (int i = 0; i < count; ++i) found.emplace_back(rows[i].level, simvlm::runs_here(rows[i].level));
+  return found;
+}
+
+void select_level(const py::object& name) {
+  if (name.is_none()) {
+    simvlm::select(nullptr);
+    return;
+  }
+  const auto level = name.cast<std::string>();
+  if (simvlm::select(level.c_str())) return;
+  std::string runnable;
+  for (const auto& [known, runs] : levels()) {
+    if (runs) runnable += (runnable.empty() ? "" : ", ") + known;
+  }
+  throw py::value_error("SIMVLM_CPU_LEVEL must be a level that this module holds and this processor runs (" + runnable +
+                        "), got '" + level + "'");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpp, m) {
+  m.doc() = "C++ kernels of simvlm for the CPU, by raw address; use simvlm.kernels instead.";
+  m.attr("source_hash") = SIMVLM_SOURCE_HASH;
+  m.def("attention_forward", &attention_forward);
+  m.def("attention_backward", &attention_backward);
+  m.def("levels", &levels, "(name, runs here) of every compiled CPU level, the plainest first.");
+  m.def("level", [] { return std::string(simvlm::kernels().level); }, "The CPU level in use.");
+  m.def("select_level", &select_level, "Uses the named CPU level from now on; None: the newest that runs here.");
+}

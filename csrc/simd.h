@@ -1,0 +1,163 @@
+// Vectors of float for the CPU level that this file is compiled for: the compiler's own vector types, `lanes` wide.
+//
+// Everything here has internal linkage: one object per level is linked into one module, and the linker must never keep
+// a copy that was compiled for a newer processor (tests/test_cpp.py reads the symbol tables).
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#ifndef SIMVLM_LEVEL
+#error "compile with -DSIMVLM_LEVEL=<baseline|avx2|avx512|avx512_bf16>"
+#endif
+
+#define SIMVLM_INLINE inline __attribute__((always_inline))
+
+namespace simvlm::SIMVLM_LEVEL {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int64_t lanes = 16;
+constexpr int registers = 32;
+#elif defined(__AVX2__)
+constexpr int64_t lanes = 8;
+constexpr int registers = 16;
+#else
+constexpr int64_t lanes = 4;
+constexpr int registers = 16;
+#endif
+
+typedef float vfloat __attribute__((vector_size(lanes * 4)));
+typedef int32_t vint __attribute__((vector_size(lanes * 4)));
+typedef uint32_t vuint __attribute__((vector_size(lanes * 4)));
+typedef uint16_t vhalf __attribute__((vector_size(lanes * 2)));
+
+template <class To, class From>
+SIMVLM_INLINE To bits(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+template <class V>
+SIMVLM_INLINE V load_as(const void* from) {
+  V v;
+  __builtin_memcpy(&v, from, sizeof(v));
+  return v;
+}
+
+SIMVLM_INLINE vfloat load(const float* from) { return load_as<vfloat>(from); }
+SIMVLM_INLINE void store(float* to, vfloat v) { __builtin_memcpy(to, &v, sizeof(v)); }
+SIMVLM_INLINE vfloat splat(float x) { return x - vfloat{}; }
+SIMVLM_INLINE vfloat max(vfloat a, vfloat b) { return a > b ? a : b; }
+
+// Index of each lane: 0, 1, 2, …
+SIMVLM_INLINE vint lane_index() {
+  vint v;
+  for (int64_t i = 0; i < lanes; ++i) v[i] = static_cast<int32_t>(i);
+  return v;
+}
+
+// Fixed-order sum and largest of the lanes.
+SIMVLM_INLINE float reduce_add(vfloat v) {
+  float sum = v[0];
+  for (int64_t i = 1; i < lanes; ++i) sum += v[i];
+  return sum;
+}
+SIMVLM_INLINE float reduce_max(vfloat v) {
+  float top = v[0];
+  for (int64_t i = 1; i < lanes; ++i) top = v[i] > top ? v[i] : top;
+  return top;
+}
+
+// e^x for x <= 0: relative error below 2^-22 (tests/test_cpp.py), exactly 0 below -87.3, NaN for NaN.
+// x = n·ln 2 + r with |r| <= ln 2 / 2; e^r = 1 + r + r²·g(r), g fitted to 1e-8 at Chebyshev nodes; 2^n by the exponent.
+SIMVLM_INLINE vfloat exp_nonpositive(vfloat x) {
+  const vfloat shift = splat(12582912.0f);  // 1.5·2^23: adding it rounds to an integer in the low bits
+  const vfloat t = x * 1.44269504088896341f + shift;
+  const vfloat n = t - shift;
+  vfloat r = x - n * 0.693145751953125f;  // ln 2 in two parts, the first with few enough bits that n·it is exact
+  r = r - n * 1.42860682030941723e-6f;
+  vfloat g = splat(0.0013933652f);
+  g = g * r + 0.008363182f;
+  g = g * r + 0.041666467f;
+  g = g * r + 0.16666576f;
+  g = g * r + 0.5f;
+  const vfloat p = g * r * r + r + 1.0f;
+  const vuint scaled = bits<vuint>(p) + (bits<vuint>(t) << 23);
+  return x < -87.3f ? vfloat{} : (x == x ? bits<vfloat>(scaled) : x);
+}
+
+// 16-bit floats cross the door as integers; they become float32 at the load and are rounded to nearest even once, at
+// the store.
+struct Float32 {
+  typedef float Storage;
+  static SIMVLM_INLINE vfloat widen(const Storage* from) { return load_as<vfloat>(from); }
+  static SIMVLM_INLINE void narrow(Storage* to, vfloat v) { __builtin_memcpy(to, &v, sizeof(v)); }
+};
+
+struct BFloat16 {
+  typedef uint16_t Storage;
+  static SIMVLM_INLINE vfloat widen(const Storage* from) {
+    return bits<vfloat>(__builtin_convertvector(load_as<vhalf>(from), vuint) << 16);
+  }
+  static SIMVLM_INLINE void narrow(Storage* to, vfloat v) {
+    vuint u = bits<vuint>(v);
+    vuint rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    vuint quiet = (u >> 16) | 0x40u;  // rounding a NaN's mantissa up could make it an infinity
+    vhalf half = __builtin_convertvector((v == v) ? rounded : quiet, vhalf);
+    __builtin_memcpy(to, &half, sizeof(half));
+  }
+};
+
+struct Float16 {
+  typedef uint16_t Storage;
+#if defined(__AVX512F__)
+  static SIMVLM_INLINE vfloat widen(const Storage* from) {
+    return bits<vfloat>(_mm512_cvtph_ps(load_as<__m256i>(from)));
+  }
+  static SIMVLM_INLINE void narrow(Storage* to, vfloat v) {
+    __m256i half = _mm512_cvtps_ph(bits<__m512>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __builtin_memcpy(to, &half, sizeof(half));
+  }
+#elif defined(__F16C__)
+  static SIMVLM_INLINE vfloat widen(const Storage* from) {
+    return bits<vfloat>(_mm256_cvtph_ps(load_as<__m128i>(from)));
+  }
+  static SIMVLM_INLINE void narrow(Storage* to, vfloat v) {
+    __m128i half = _mm256_cvtps_ph(bits<__m256>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __builtin_memcpy(to, &half, sizeof(half));
+  }
+#else
+  static SIMVLM_INLINE vfloat widen(const Storage* from) {
+    vuint h = __builtin_convertvector(load_as<vhalf>(from), vuint);
+    vuint sign = (h & 0x8000u) << 16;
+    vuint magnitude = (h & 0x7fffu) << 13;
+    // A product by 2^112 moves the exponent's bias from 15 to 127 and makes subnormals right; then infinities and NaN.
+    vuint scaled = bits<vuint>(bits<vfloat>(magnitude) * 5.192296858534828e33f);
+    scaled = (h & 0x7c00u) == 0x7c00u ? (magnitude | 0x7f800000u) : scaled;
+    return bits<vfloat>(scaled | sign);
+  }
+  static SIMVLM_INLINE void narrow(Storage* to, vfloat v) {
+    vuint u = bits<vuint>(v);
+    vuint sign = (u >> 16) & 0x8000u;
+    vuint magnitude = u & 0x7fffffffu;
+    vuint normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
+    // Subnormals: adding 0.5 lines the mantissa up with half's smallest step and rounds to nearest even.
+    vuint subnormal = bits<vuint>(bits<vfloat>(magnitude) + 0.5f) - 0x3f000000u;
+    vuint half = magnitude < 0x38800000u ? subnormal : normal;
+    half = magnitude >= 0x477ff000u ? vuint{} + 0x7c00u : half;
+    half = magnitude > 0x7f800000u ? vuint{} + 0x7e00u : half;
+    vhalf out = __builtin_convertvector(half | sign, vhalf);
+    __builtin_memcpy(to, &out, sizeof(out));
+  }
+#endif
+};
+
+}  // namespace
+}  // namespace simvlm::SIMVLM_LEVEL

@@ -1,0 +1,141 @@
+"""`prefix_attention` on the CPU through the compiled module: torch tensors (with gradients) and numpy arrays (forward).
+
+The kernels are in csrc/attention.cc; this file allocates, hands addresses and strides over, and nothing else. Saved for
+backward: q, k, v, out and lse. Limits: float32, bfloat16, float16; the host only.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from simvlm.kernels.attention.layout import PrefixLayout
+
+_DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
+
+
+@functools.cache
+def _module() -> tuple[ModuleType | None, str | None]:
+    """(the compiled module, None) or (None, why there is none)."""
+    try:
+        from simvlm import _cpp
+    except ImportError as error:
+        build_error = Path(__file__).parents[2] / "_cpp_build_error.txt"
+        why = build_error.read_text().strip() if build_error.exists() else str(error)
+        return None, f"the C++ kernels are not built ({why}); reinstall with a C++ compiler"
+    _cpp.select_level(os.environ.get("SIMVLM_CPU_LEVEL") or None)
+    return _cpp, None
+
+
+def unavailable() -> str | None:
+    return _module()[1]
+
+
+def unsupported(q: Any, k: Any, v: Any, layout: PrefixLayout, rel_bias: Any) -> str | None:
+    device = "cpu" if isinstance(q, np.ndarray) else q.device.type
+    if device != "cpu":
+        return f"runs on the CPU, got tensors on {device}"
+    dtype = str(q.dtype).removeprefix("torch.")
+    return None if dtype in _DTYPES else f"takes {', '.join(_DTYPES)}, got {dtype}"
+
+
+def forward(q: Any, k: Any, v: Any, layout: PrefixLayout, rel_bias: Any, scale: float) -> tuple[Any, Any]:
+    """(out, lse), contiguous; torch in, torch out; numpy in, numpy out."""
+    if isinstance(q, np.ndarray):
+        q, k, v = (_whole_strides(x) for x in (q, k, v))
+        out, lse = np.empty(q.shape, q.dtype), np.empty(q.shape[:-1], np.float32)
+        table = None if rel_bias is None else np.ascontiguousarray(rel_bias, np.float32)
+        bounds: Any = np.ascontiguousarray(layout.numpy().bounds)
+        threads = int(os.environ.get("SIMVLM_NUM_THREADS") or len(os.sched_getaffinity(0)))
+    else:
+        out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=_torch().float32)
+        table = None if rel_bias is None else rel_bias.to(_torch().float32).contiguous()
+        bounds = _torch().as_tensor(layout.bounds).contiguous()
+        threads = _torch().get_num_threads()
+    if layout.batch == 0:  # nobody owns a row, so no task would write it
+        out[...], lse[...] = 0, -math.inf
+        return out, lse
+    _compiled().attention_forward(
+        *(_strided(x) for x in (q, k, v, out)),
+        *(_address(x) for x in (lse, table, bounds)),
+        *_statics(q, k, layout, scale, threads),
+    )
+    return out, lse
+
+
+def backward(
+    dout: Any,
+    dlse: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    lse: Any,
+    layout: PrefixLayout,
+    rel_bias: Any,
+    scale: float,
+    wanted: tuple[bool, bool, bool, bool],
+) -> tuple[Any, Any, Any, Any]:
+    """(dq, dk, dv, drel_bias) for torch tensors, contiguous, None where not wanted."""
+    torch = _torch()
+    dq, dk, dv = (x.new_empty(x.shape) if want else None for x, want in zip((q, k, v), wanted, strict=False))
+    table = None if rel_bias is None else rel_bias.to(torch.float32).contiguous()
+    dtable = torch.empty_like(table) if wanted[3] else None
+    if layout.batch == 0:
+        for grad in (dq, dk, dv, dtable):
+            if grad is not None:
+                grad.zero_()
+    else:
+        dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+        dlse, bounds = dlse.contiguous(), torch.as_tensor(layout.bounds).contiguous()
+        _compiled().attention_backward(
+            *(_strided(x) for x in (q, k, v, out, dout, dq, dk, dv)),
+            *(_address(x) for x in (lse, dlse, table, dtable, bounds)),
+            *_statics(q, k, layout, scale, torch.get_num_threads()),
+        )
+    return dq, dk, dv, None if dtable is None else dtable.to(rel_bias.dtype)
+
+
+def _compiled() -> ModuleType:
+    module, why = _module()
+    assert module is not None, why
+    return module
+
+
+def _torch() -> Any:
+    """torch, which a caller with torch tensors has imported; numpy callers need not have it."""
+    return sys.modules["torch"]
+
+
+def _statics(q: Any, k: Any, layout: PrefixLayout, scale: float, threads: int) -> tuple[Any, ...]:
+    axis = 1 if layout.is_padded else 0
+    height, width = layout.image_grid or (0, 0)
+    dtype = _DTYPES[str(q.dtype).removeprefix("torch.")]
+    storage = (layout.is_padded, q.shape[axis], k.shape[axis])
+    return (layout.batch, *q.shape[-2:], *storage, height, width, scale, dtype, threads)
+
+
+def _whole_strides(x: np.ndarray) -> np.ndarray:
+    return x if all(stride % x.itemsize == 0 for stride in x.strides) else np.ascontiguousarray(x)
+
+
+def _address(x: Any) -> int:
+    if x is None:
+        return 0
+    return x.__array_interface__["data"][0] if isinstance(x, np.ndarray) else x.data_ptr()
+
+
+def _strided(x: Any) -> tuple[int, int, int, int]:
+    """Address, then the strides of sequence (0 if packed), row and head in elements."""
+    if x is None:
+        return 0, 0, 0, 0
+    strides = [stride // x.itemsize for stride in x.strides] if isinstance(x, np.ndarray) else x.stride()
+    *sequence, row, head, _ = strides
+    return _address(x), sequence[0] if sequence else 0, row, head
