@@ -11,6 +11,7 @@ import difflib
 import importlib
 import importlib.util
 import os
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -26,13 +27,14 @@ class Impl:
     """One row: the kernel `name` for arrays of `family`, in the module at `path`.
 
     The module answers `unavailable() -> str | None` (what this machine lacks) and
-    `unsupported(...) -> str | None` (why it cannot take the call); its path must import without the kernel's own
-    dependencies.
+    `unsupported(...) -> str | None` (why it cannot take the call; under the name `question` where a module holds two
+    ops); its path must import without the kernel's own dependencies.
     """
 
     name: str
     family: str
     path: str
+    question: str = "unsupported"
 
     @property
     def module(self) -> ModuleType:
@@ -43,6 +45,10 @@ class Impl:
         if self.family != "numpy" and importlib.util.find_spec(self.family) is None:
             return f"{self.family} is not installed (pip install 'simvlm[{self.family}]')"
         return self.module.unavailable()
+
+    def unsupported(self, *call: Any) -> str | None:
+        """Why the kernel cannot take this call, or None."""
+        return getattr(self.module, self.question)(*call)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,9 +106,15 @@ def checked_name(op: str, impls: tuple[Impl, ...], family: str, name: str | None
     names = [impl.name for impl in impls if impl.family == family]
     if name is None or name in names:
         return name
+    raise ValueError(
+        f"{op}: {source} must be one of {names} for {family} arrays, got {name!r}{did_you_mean(name, names)}"
+    )
+
+
+def did_you_mean(name: object, names: Sequence[str]) -> str:
+    """The end of an error message: the names nearest to a misspelt one, or nothing."""
     near = difflib.get_close_matches(str(name), names, n=2, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-    raise ValueError(f"{op}: {source} must be one of {names} for {family} arrays, got {name!r}{hint}")
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 def select(op: str, impls: tuple[Impl, ...], family: str, name: str | None, *call: Any) -> ModuleType:
@@ -115,7 +127,7 @@ def select(op: str, impls: tuple[Impl, ...], family: str, name: str | None, *cal
     for impl in impls:
         if impl.family != family or name not in (None, impl.name):
             continue
-        reason = impl.unavailable() or impl.module.unsupported(*call)
+        reason = impl.unavailable() or impl.unsupported(*call)
         if reason is None:
             return impl.module
         refusals.append(f"{impl.name}: {reason}")

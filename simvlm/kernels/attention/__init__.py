@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+
 from simvlm.kernels import dispatch
+from simvlm.kernels.arrays import autocast, dtype_name, last_axis_contiguous, strides
 from simvlm.kernels.attention.layout import PrefixLayout
 from simvlm.kernels.attention.table import IMPLS
 
@@ -67,7 +70,7 @@ def prefix_attention(
     if family == "torch":
         from simvlm.kernels.attention import torch_op
 
-        q, k, v = torch_op.autocast(q, k, v)
+        q, k, v = autocast(q, k, v)
     scale = _check(family, q, k, v, layout, rel_bias, scale)
     if family == "torch":
         out, lse = torch_op.prefix_attention(q, k, v, layout, rel_bias, scale, impl)
@@ -84,13 +87,13 @@ def _check(family: str, q: Any, k: Any, v: Any, layout: PrefixLayout, rel_bias: 
         if len(x.shape) != rank:
             form = "padded" if layout.is_padded else "packed"
             raise ValueError(f"{OP}: {name} must have {rank} axes {axes} with a {form} layout, got shape {tuple(x.shape)}")
-        dtype = _dtype_name(x)
+        dtype = dtype_name(x)
         if dtype not in _DTYPES:
             raise TypeError(f"{OP}: {name} must be {', '.join(_DTYPES[:-1])} (or float64, reference only), got {dtype}")
         if x.dtype != q.dtype:
-            raise TypeError(f"{OP}: q, k and v must have one dtype, got {_dtype_name(q)} for q and {dtype} for {name}")
-        if not _last_axis_contiguous(family, x):
-            raise ValueError(f"{OP}: {name} must be contiguous in its last axis, got strides {_strides(x)}: call .contiguous()")
+            raise TypeError(f"{OP}: q, k and v must have one dtype, got {dtype_name(q)} for q and {dtype} for {name}")
+        if not last_axis_contiguous(family, x):
+            raise ValueError(f"{OP}: {name} must be contiguous in its last axis, got strides {strides(x)}: call .contiguous()")
     heads, head_dim = q.shape[-2:]
     if head_dim % 8 or not 8 <= head_dim <= 128:
         raise ValueError(f"{OP}: head_dim (q's last axis) must be a multiple of 8 from 8 to 128, got {head_dim}")
@@ -137,8 +140,7 @@ def _check_devices(q: Any, k: Any, v: Any, layout: PrefixLayout, rel_bias: Any) 
         if x is not None and x.device != q.device:
             raise ValueError(f"{OP}: {name} must be on q's device {q.device}, got {x.device}")
     # A layout in numpy is on the host: fine for CPU tensors, a copy in every layer for others.
-    device = getattr(layout.bounds, "device", None)
-    where = "cpu" if device is None or isinstance(device, str) else device.type
+    where = "cpu" if isinstance(layout.bounds, np.ndarray) else layout.bounds.device.type
     if where != q.device.type:
         raise ValueError(f"{OP}: layout must be on q's device {q.device}, got {where}: call layout.to(q.device) once a batch")
 
@@ -152,22 +154,8 @@ def _check_table(rel_bias: Any, heads: int, layout: PrefixLayout) -> None:
     want = (heads, 2 * height - 1, 2 * width - 1)
     if tuple(rel_bias.shape) != want:
         raise ValueError(f"{OP}: rel_bias must have shape [N, 2Gh-1, 2Gw-1] = {want}, got {tuple(rel_bias.shape)}")
-    if "float" not in _dtype_name(rel_bias):
-        raise TypeError(f"{OP}: rel_bias must be floating point, got {_dtype_name(rel_bias)}")
-
-
-def _dtype_name(x: Any) -> str:
-    return str(x.dtype).removeprefix("torch.")
-
-
-def _last_axis_contiguous(family: str, x: Any) -> bool:
-    if family == "torch":
-        return x.stride(-1) == 1 or x.shape[-1] <= 1
-    return family == "jax" or x.strides[-1] == x.itemsize or x.shape[-1] <= 1
-
-
-def _strides(x: Any) -> tuple[int, ...]:
-    return tuple(x.strides) if isinstance(getattr(x, "strides", None), tuple) else tuple(x.stride())
+    if "float" not in dtype_name(rel_bias):
+        raise TypeError(f"{OP}: rel_bias must be floating point, got {dtype_name(rel_bias)}")
 
 
 def _wants_grad(*tensors: Any) -> bool:

@@ -1,0 +1,7 @@
+"""The implementations of the stem's two ops, in order of preference within each family. A new kernel is one row."""
+
+from simvlm.kernels.dispatch import Impl
+
+_ROOM = "simvlm.kernels.stem"
+BATCH_NORM_ACT = (Impl("reference", "torch", f"{_ROOM}.reference", "batch_norm_unsupported"),)
+EMBED_SEQUENCE = (Impl("reference", "torch", f"{_ROOM}.reference", "embed_unsupported"),)
