@@ -11,9 +11,10 @@ def dtype_name(x: Any) -> str:
 
 
 def last_axis_contiguous(family: str, x: Any) -> bool:
-    if family == "torch":
-        return x.stride(-1) == 1 or x.shape[-1] <= 1
-    return family == "jax" or x.strides[-1] == x.itemsize or x.shape[-1] <= 1
+    """Empty arrays count as contiguous, whatever strides they carry."""
+    if family == "jax" or 0 in x.shape or x.shape[-1] == 1:
+        return True
+    return x.stride(-1) == 1 if family == "torch" else x.strides[-1] == x.itemsize
 
 
 def strides(x: Any) -> tuple[int, ...]:
@@ -21,7 +22,7 @@ def strides(x: Any) -> tuple[int, ...]:
 
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:
-    """torch tensors in the autocast dtype where autocast is on for the first one's device; None and float64 left alone."""
+    """torch tensors in the autocast dtype where it is on for the first one's device; float64 and None as they are."""
     import torch
 
     device = tensors[0].device.type
@@ -29,3 +30,27 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if x is not None and x.is_floating_point() else x for x in tensors)
+
+
+def refuse_transforms(op: str, *tensors: Any) -> None:
+    """Raises by name where torch would drop a tangent in silence or speak of its own insides; None is passed over."""
+    import torch
+
+    if torch.compiler.is_compiling():
+        return
+    functorch = torch._C._functorch
+    for interpreter in functorch.get_interpreter_stack() or ():
+        if interpreter.key() in (functorch.TransformType.Grad, functorch.TransformType.Jvp):
+            transform = (
+                "torch.func.grad or vjp" if interpreter.key() == functorch.TransformType.Grad else "torch.func.jvp"
+            )
+            raise NotImplementedError(
+                f"{op}: {transform} is not supported by the kernels (.backward() and torch.autograd.grad are, "
+                "and torch.vmap); impl='reference' supports it"
+            )
+    if torch.autograd.forward_ad._current_level >= 0:
+        for x in tensors:
+            if x is not None and torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
+                raise NotImplementedError(
+                    f"{op}: forward-mode differentiation is not supported by the kernels; impl='reference' supports it"
+                )

@@ -28,7 +28,7 @@ def batch_norm_act(
     act: str = "relu",
     impl: str | None = None,
 ) -> tuple[Any, Any, Any]:
-    """Batch normalization, stochastic depth, residual sum and activation of a channels-last image, in one pass each way.
+    """Batch normalization, stochastic depth, residual sum and activation of channels-last images.
 
     With M = B·Hh·Ww pixels, per channel c:
 
@@ -87,7 +87,7 @@ def embed_sequence(
     *,
     impl: str | None = None,
 ) -> Any:
-    """The encoder's input: every sequence's projected patches, then its text, each in its place, without a concatenation.
+    """The encoder's input: every sequence's projected patches, then its text, each in its place.
 
     Position i of sequence b, in storage row `q_starts[b] + i` for 0 ≤ i < q_lens[b], holds
 
@@ -112,8 +112,9 @@ def embed_sequence(
         impl: the name of one implementation (see `implementations`); None: the first that takes the call.
 
     Returns:
-        rows, in text's dtype: float[B, T, D] with a padded layout, float[R, D] with a packed one, R = Bi·I + Rt. Gradients
-        flow to features, weight, bias, image_positions and text (torch and jax; numpy arrays are forward only).
+        rows, in text's dtype: float[B, T, D] with a padded layout, float[R, D] with a packed one, R = Bi·I + Rt.
+        Gradients flow to features, weight, bias, image_positions and text (torch and jax; numpy arrays are forward
+        only).
 
     Raises:
         TypeError, ValueError: an argument is not what is written here; the message names it. Lengths are checked where

@@ -48,7 +48,7 @@ def batch_norm_act(
     if (mean is None) != (var is None):
         missing, given = ("mean", "var") if mean is None else ("var", "mean")
         raise ValueError(
-            f"{op}: {missing} must be given with {given}, got None: give both, or neither for this batch's own"
+            f"{op}: {missing} must be given with {given}, got None: give both, or neither for the batch's own"
         )
     if residual is not None:
         _check_like(op, family, "residual", residual, "x", x)
@@ -77,7 +77,8 @@ def embed_sequence(
         where = "cpu" if isinstance(layout.bounds, np.ndarray) else layout.bounds.device.type
         if where != text.device.type:
             raise ValueError(
-                f"{op}: layout must be on text's device {text.device}, got {where}: call layout.to(text.device) once a batch"
+                f"{op}: layout must be on text's device {text.device}, got {where}: "
+                "call layout.to(text.device) once a batch"
             )
     if layout.image_grid is None:
         named = {"features": features, "weight": weight, "bias": bias, "image_positions": image_positions}
@@ -95,14 +96,15 @@ def embed_sequence(
     height, width_in_patches = layout.image_grid
     if tuple(features.shape[1:3]) != (height, width_in_patches):
         raise ValueError(
-            f"{op}: features must have the layout's grid {layout.image_grid} as axes 1 and 2, got {tuple(features.shape[1:3])}"
+            f"{op}: features must have the layout's grid {layout.image_grid} as axes 1 and 2, "
+            f"got {tuple(features.shape[1:3])}"
         )
     channels = features.shape[3]
     if weight is not None:
         _check_parameter(op, family, "weight", weight, "[D, C]", (width, channels), "features", features)
     elif channels != width:
         raise ValueError(
-            f"{op}: weight must be given where features and text differ in width ({channels}, {width}), got None"
+            f"{op}: weight must be given where C and D differ, got None with C = {channels} and D = {width}"
         )
     if bias is not None:
         _check_parameter(op, family, "bias", bias, "[D]", (width,), "features", features)

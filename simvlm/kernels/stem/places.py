@@ -27,7 +27,7 @@ def places(bounds: Any, stack: Callable[[Any], Any]) -> Any:
 def rows_shape(
     image_shape: tuple[int, ...] | None, text_rows: int, width: int, batch: int, query_len: int | None
 ) -> tuple[int, ...]:
-    """[B, T, D] with a padded layout (`query_len` = T), else [R, D] with R = Bi·I + Rt: a row for every patch and text row."""
+    """[B, T, D] with a padded layout (`query_len` = T), else [R, D]: R = Bi·I + Rt, all patches and text rows."""
     if query_len is not None:
         return batch, query_len, width
     patches = image_shape[0] * image_shape[1] * image_shape[2] if image_shape is not None else 0

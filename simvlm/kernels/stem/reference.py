@@ -7,6 +7,8 @@ the same functions under the same names. 16-bit inputs become float32 at the loa
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -139,7 +141,10 @@ def _through_activation(
     eps: float,
     act: str,
 ) -> tuple[Tensor, Tensor]:
-    """(dz, masked dy): dy where the activation let through, with the branch scale and without. y where z cannot be had from x."""
+    """(dz, masked dy): dy where the activation let it through, with the branch scale and without it.
+
+    y tells where, if z cannot be had from x alone; else None.
+    """
     masked = dy.to(_wide(x))
     if act == "relu":
         live = y if y is not None else _pre_activation(x, mean, var, weight, bias, branch_scale, eps)
@@ -175,7 +180,7 @@ def embed_sequence(
     shape = rows_shape(
         features.shape if features is not None else None, text.shape[0], width, places.shape[1] - 1, query_len
     )
-    row = torch.arange(shape[0] * shape[1] if query_len is not None else shape[0], device=text.device)
+    row = torch.arange(math.prod(shape[:-1]), device=text.device)
     owner = torch.searchsorted(q_starts, row, right=True) - 1
     i = row - q_starts[owner]
     in_image = i < image_lens[owner]
@@ -216,7 +221,7 @@ def embed_sequence_backward(
         assert text is not None
         return embed_sequence(of_images[0], of_images[1], of_images[2], of_images[3], text, places, query_len)
 
-    _, pull = torch.func.vjp(rows, *(x for x, want in zip(inputs, wanted, strict=True) if want))
+    _, pull, *_ = torch.func.vjp(rows, *(x for x, want in zip(inputs, wanted, strict=True) if want))
     grads = iter(pull(drows))
     return tuple(next(grads) if want else None for want in wanted)
 

@@ -11,20 +11,22 @@ replicas meet: `group` names a process group whose replicas share one batch.
     batch_norm_backward_reductions  reads dy, x (y)             writes Σ dz, Σ dz·norm [C] (dresidual)
     batch_norm_backward_apply       reads dy or dresidual, x    writes dx
 
-Saved for backward: x, the [C] vectors, and y only where a residual went into a relu. Then z cannot be had from x alone,
-and y costs no memory: the convolution that reads it keeps it too. Elsewhere z > 0 is computed again from x, which is
-read anyway. No mask is stored. With y, the reductions write dresidual (which is wanted anyway) and the second half reads
-that in place of dy and y.
+Saved for backward: x, the [C] vectors, and y only where a residual went into a relu. Then z cannot be had from x
+alone, and y costs no memory: the convolution that reads it keeps it too. Elsewhere z > 0 is computed again from x,
+which is read anyway. No mask is stored. With y, the reductions write dresidual, which is wanted anyway, and the second
+half reads that in place of dy and y.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from simvlm.kernels import dispatch
+from simvlm.kernels.arrays import refuse_transforms
 from simvlm.kernels.stem import checks, reference, table
 from simvlm.kernels.stem.places import places, rows_shape
 
@@ -45,8 +47,8 @@ _LIBRARY.define(
     "float eps, str act, str impl) -> Tensor"
 )
 _LIBRARY.define(
-    "embed_sequence(Tensor? features, Tensor? weight, Tensor? bias, Tensor? image_positions, Tensor text, Tensor places, "
-    "SymInt? query_len, str impl) -> Tensor"
+    "embed_sequence(Tensor? features, Tensor? weight, Tensor? bias, Tensor? image_positions, Tensor text, "
+    "Tensor places, SymInt? query_len, str impl) -> Tensor"
 )
 _LIBRARY.define(
     "embed_sequence_backward(Tensor drows, Tensor? features, Tensor? weight, Tensor places, SymInt[]? image_shape, "
@@ -72,12 +74,13 @@ def batch_norm_act(
     """(y, mean, var) through the registered ops; `impl="reference"` is plain PyTorch and takes every transform.
 
     Args:
-        group: name of a process group (`ProcessGroup.group_name`) whose replicas' pixels are one batch, "" for none. mean
-            and var are then the whole batch's; the gradients of weight and bias are this replica's share, to be summed
-            with the other parameters'. Every replica must take part, one without images too.
+        group: name of a process group (`ProcessGroup.group_name`) whose replicas' pixels are one batch, "" for none.
+            mean and var are then the whole batch's; the gradients of weight and bias are this replica's share, to be
+            summed with the other parameters'. Every replica must take part, one without images too.
     """
     if impl == "reference" and not group:
         return reference.batch_norm_act(x, weight, bias, mean, var, residual, branch_scale, eps, act)
+    refuse_transforms("batch_norm_act", x, weight, bias, residual)
     impl = impl or ""
     # Parameters reach the kernels as contiguous float32; these casts, where they are any, round their gradients once.
     wide = _wide(x)
@@ -100,22 +103,13 @@ def _combine(means: Tensor, variances: Tensor, pixels: Tensor) -> tuple[Tensor, 
     return mean, (share * (variances + (means - mean).square())).sum(0)
 
 
-def _gather(mean: Tensor, var: Tensor, pixels: int, group: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Every replica's mean, var and number of pixels, in one collective."""
+def _gather(mean: Tensor, var: Tensor, pixels: int, group: Any) -> Sequence[Tensor]:
+    """Every replica's mean, var and number of pixels, [W, C], [W, C] and [W, 1], in one collective."""
     from torch.distributed import _functional_collectives as collectives
 
     mine = torch.cat([mean, var, mean.new_full((1,), pixels)])[None]
     everyone = collectives.all_gather_tensor(mine, 0, group)
-    return tuple(everyone.split([mean.numel(), mean.numel(), 1], 1))  # type: ignore[return-value]
-
-
-def _total(sum_dz: Tensor, sum_dz_norm: Tensor, pixels: int, group: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The sums and the number of pixels over all replicas, in one collective."""
-    from torch.distributed import _functional_collectives as collectives
-
-    mine = torch.cat([sum_dz, sum_dz_norm, sum_dz.new_full((1,), pixels)])
-    total = collectives.wait_tensor(collectives.all_reduce(mine, "sum", group))
-    return tuple(total.split([sum_dz.numel(), sum_dz.numel(), 1]))  # type: ignore[return-value]
+    return everyone.split([mean.numel(), mean.numel(), 1], 1)
 
 
 def embed_sequence(
@@ -134,6 +128,7 @@ def embed_sequence(
         if not torch.compiler.is_compiling():  # a traced batch has no lengths to look at
             _check_lengths(placed, features, text)
         return reference.embed_sequence(features, weight, bias, image_positions, text, placed, query_len)
+    refuse_transforms("embed_sequence", features, weight, bias, image_positions, text)
     # As above: float32 for the kernels. weight is not among them, the product wants it in the features' dtype.
     wide = _wide(text)
     bias = None if bias is None else bias.to(wide).contiguous()
@@ -262,27 +257,28 @@ def _apply_gradient(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     x, y, *vectors = ctx.saved_tensors
     wants_x, _, _, wants_weight, wants_bias, wants_residual = ctx.needs_input_grad[:6]
     eps, act = ctx.eps, ctx.act
-    dx = sum_dz = sum_dz_norm = None
-    dresidual = dy
+    dx, dresidual = None, dy
+    sums: list[Tensor] = []
     if y is not None or wants_weight or wants_bias or (wants_x and not ctx.frozen):
-        sum_dz, sum_dz_norm, masked = _OPS.batch_norm_backward_reductions(dy, x, y, *vectors, eps, act, ctx.impl)
+        *sums, masked = _OPS.batch_norm_backward_reductions(dy, x, y, *vectors, eps, act, ctx.impl)
         if y is not None:
             dresidual, act = masked, "none"
     if wants_x:
-        means = None, None
-        if not ctx.frozen:
-            total = (
-                _total(sum_dz, sum_dz_norm, _pixels(x), ctx.group) if ctx.group else (sum_dz, sum_dz_norm, _pixels(x))
-            )
-            means = _means(*total)
+        means = (None, None) if ctx.frozen else _means(sums, _pixels(x), ctx.group)
         dx = _OPS.batch_norm_backward_apply(dresidual, x, *vectors, *means, eps, act, ctx.impl)
-    weight_grads = sum_dz_norm if wants_weight else None, sum_dz if wants_bias else None
-    return dx, None, None, *weight_grads, dresidual if wants_residual else None, *(None for _ in range(6))
+    dweight, dbias = sums[1] if wants_weight else None, sums[0] if wants_bias else None
+    return dx, None, None, dweight, dbias, dresidual if wants_residual else None, *(None for _ in range(6))
 
 
-def _means(sum_dz: Tensor, sum_dz_norm: Tensor, pixels: Any) -> tuple[Tensor, Tensor]:
-    pixels = pixels.clamp(min=1) if isinstance(pixels, Tensor) else max(pixels, 1)
-    return sum_dz / pixels, sum_dz_norm / pixels
+def _means(sums: Sequence[Tensor], pixels: int, group: Any) -> Sequence[Tensor]:
+    """The sums over the batch's number of pixels, all replicas' in one collective."""
+    if not group:
+        return [total / max(pixels, 1) for total in sums]
+    from torch.distributed import _functional_collectives as collectives
+
+    mine = torch.cat([*sums, sums[0].new_full((1,), pixels)])
+    total = collectives.wait_tensor(collectives.all_reduce(mine, "sum", group))
+    return (total[:-1] / total[-1:].clamp(min=1)).chunk(2)
 
 
 def _embed_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
