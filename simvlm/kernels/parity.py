@@ -34,12 +34,11 @@ class Violation:
 
 def violations(spec: ModuleType, case: Any, family: str, impl: str | None, dtype: str, seed: int = 0) -> list[Violation]:
     """Every array, forward and gradient, in which `impl` misses the budget on `case`; empty when it meets it."""
-    inputs, truth, yardstick, magnitudes = _expected(spec, case, dtype, seed)
+    inputs, truth, yardstick, floors = _expected(spec, case, dtype, seed)
     got = run(spec, case, inputs, family, impl, dtype)
     found = []
     for name, value in got.items():
-        ratios = getattr(spec, "WIDER", {}).get((dtype, name), (spec.RATIO_MAX[dtype], spec.RATIO_RMS[dtype]))
-        found += _compare(name, value, truth[name], yardstick[name], ratios, spec.FLOOR * magnitudes[name])
+        found += compare(spec, name, dtype, value, truth[name], yardstick[name], floors.get(name, (0.0, 0.0)))
     return found
 
 
@@ -56,10 +55,10 @@ def _expected(spec: ModuleType, case: Any, dtype: str, seed: int) -> tuple[Any, 
     inputs = {name: rounded(x, dtype if name not in PARAMETERS else "float32") for name, x in spec.make_inputs(case, seed).items()}
     truth = run(spec, case, inputs, "torch", "reference", "float64")
     yardstick = run(spec, case, inputs, "torch", "reference", dtype)
-    return inputs, truth, yardstick, spec.magnitudes(case, inputs)
+    return inputs, truth, yardstick, spec.floors(case, inputs, dtype)
 
 
-PARAMETERS = ("rel_bias", "dlse", "weight", "bias", "image_positions")
+PARAMETERS = ("rel_bias", "dlse", "weight", "bias", "image_positions", "mean", "var", "branch_scale")
 """Inputs that stay float32 whatever the dtype under test: parameters and cotangents of float32 outputs."""
 
 
@@ -68,9 +67,16 @@ def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
     return torch.from_numpy(x).to(DTYPES[dtype]).float().numpy() if dtype != "float64" else x
 
 
-def _compare(
-    name: str, got: np.ndarray, truth: np.ndarray, yardstick: np.ndarray, ratios: tuple[float, float], floor: float
+def compare(
+    spec: ModuleType,
+    name: str,
+    dtype: str,
+    got: np.ndarray,
+    truth: np.ndarray,
+    yardstick: np.ndarray,
+    floor: tuple[float, float],
 ) -> list[Violation]:
+    """The budget on one array: its largest error and the rms of its error, against the yardstick's."""
     if got.shape != truth.shape:
         return [Violation(name, f"shape {got.shape} instead of {truth.shape};", math.inf, 0.0)]
     finite = np.isfinite(truth)
@@ -80,10 +86,13 @@ def _compare(
     if not finite.any():
         return []
     error, honest = got[finite] - truth[finite], yardstick[finite] - truth[finite]
-    measures = (("largest", lambda e: float(np.abs(e).max())), ("rms", lambda e: float(np.sqrt(np.mean(e**2)))))
+    largest, rms = lambda e: float(np.abs(e).max()), lambda e: float(np.sqrt(np.mean(e**2)))  # noqa: E731
     found = []
-    for (label, measure), ratio in zip(measures, ratios, strict=True):
-        limit = ratio * measure(honest) + floor
+    for label, measure, ratio, room in (
+        ("largest", largest, spec.RATIO_MAX[dtype], floor[0]),
+        ("rms", rms, spec.RATIO_RMS[dtype], floor[1]),
+    ):
+        limit = ratio * measure(honest) + room
         if not measure(error) <= limit:
             found.append(Violation(name, label, measure(error), limit))
     return found
@@ -93,7 +102,7 @@ def _run_torch(spec: Any, case: Any, inputs: dict[str, np.ndarray], impl: str | 
     layout = case.layout()
     device = "cpu"
     if impl == "triton" and torch.cuda.is_available():
-        device, layout = "cuda", layout.to("cuda")
+        device, layout = "cuda", layout if layout is None else layout.to("cuda")
     wide = DTYPES["float64" if dtype == "float64" else "float32"]
     tensors = {
         name: torch.from_numpy(x.copy()).to(wide if name in PARAMETERS else DTYPES[dtype]).to(device)
@@ -105,8 +114,9 @@ def _run_torch(spec: Any, case: Any, inputs: dict[str, np.ndarray], impl: str | 
     outputs = spec.call(case, layout, leaves, impl)
     result = dict(zip(spec.OUTPUTS, outputs, strict=True))
     if names:
-        cotangents = [tensors[f"d{name}"].to(result[name].dtype) for name in spec.OUTPUTS]
-        grads = torch.autograd.grad(list(outputs), [leaves[name] for name in names], cotangents)
+        seeded = [name for name in spec.OUTPUTS if f"d{name}" in tensors]
+        cotangents = [tensors[f"d{name}"].to(result[name].dtype) for name in seeded]
+        grads = torch.autograd.grad([result[name] for name in seeded], [leaves[name] for name in names], cotangents)
         result |= {f"d{name}": grad for name, grad in zip(names, grads, strict=True)}
     return {name: x.detach().cpu().double().numpy() for name, x in result.items()}
 
@@ -118,8 +128,8 @@ def arrange(tensors: dict[str, torch.Tensor], memory: str) -> dict[str, torch.Te
         return tensors | {name: fused.select(-3, index) for index, name in enumerate(("q", "k", "v"))}
     if memory == "shared_heads":
         return tensors | {name: tensors[name][..., :1, :].expand_as(tensors[name]) for name in ("k", "v")}
-    if memory == "misaligned":
-        return {name: _misaligned(x) for name, x in tensors.items()}
+    if memory in _LAYINGS:
+        return {name: _LAYINGS[memory](x) for name, x in tensors.items()}
     return dict(tensors)
 
 
@@ -127,6 +137,25 @@ def _misaligned(x: torch.Tensor) -> torch.Tensor:
     room = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)
     room[1:] = x.flatten()
     return room[1:].view(x.shape)
+
+
+def _channels_last(x: torch.Tensor) -> torch.Tensor:
+    """An image as it comes out of torch's convolutions: a view of [B, C, Hh, Ww] in channels_last memory."""
+    if x.ndim != 4:
+        return x
+    return x.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+
+
+def _strided_batch(x: torch.Tensor) -> torch.Tensor:
+    """Every other image of an array twice the size, NaN between."""
+    if x.ndim != 4:
+        return x
+    room = x.new_full((2 * x.shape[0], *x.shape[1:]), math.nan)
+    room[::2] = x
+    return room[::2]
+
+
+_LAYINGS = {"misaligned": _misaligned, "channels_last": _channels_last, "strided_batch": _strided_batch}
 
 
 def _run_jax(spec: Any, case: Any, inputs: dict[str, np.ndarray], impl: str | None, dtype: str) -> dict[str, np.ndarray]:
@@ -140,11 +169,12 @@ def _run_jax(spec: Any, case: Any, inputs: dict[str, np.ndarray], impl: str | No
     @jax.jit
     def op(layout: Any, leaves: dict[str, Any], cotangents: Any) -> Any:
         outputs, pull = jax.vjp(lambda leaves: spec.call(case, layout, arrays | leaves, impl), leaves)
-        return outputs, pull(tuple(c.astype(o.dtype) for c, o in zip(cotangents, outputs, strict=True)))
+        pairs = zip(cotangents, outputs, strict=True)
+        return outputs, pull(tuple(jnp.broadcast_to(c, o.shape).astype(o.dtype) for c, o in pairs))
 
-    outputs, (grads,) = op(
-        layout, {name: arrays[name] for name in names}, tuple(arrays[f"d{name}"] for name in spec.OUTPUTS)
-    )
+    # Outputs without a cotangent (statistics) get zero.
+    cotangents = tuple(arrays.get(f"d{name}", jnp.zeros(())) for name in spec.OUTPUTS)
+    outputs, (grads,) = op(layout, {name: arrays[name] for name in names}, cotangents)
     result = dict(zip(spec.OUTPUTS, outputs, strict=True)) | {f"d{name}": grads[name] for name in names}
     return {name: np.asarray(x).astype(np.float64) for name, x in result.items()}
 

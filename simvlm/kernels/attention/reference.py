@@ -77,13 +77,20 @@ def backward(
     scale: float,
     wanted: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """(dq, dk, dv, drel_bias), None where not wanted: autograd over a second forward."""
-    inputs = [q, k, v, rel_bias]
-    with torch.enable_grad():
-        leaves = [x.detach().requires_grad_(want) if x is not None else None for x, want in zip(inputs, wanted)]
-        outputs = forward(leaves[0], leaves[1], leaves[2], layout, leaves[3], scale)
-        asked = [leaf for leaf, want in zip(leaves, wanted) if want and leaf is not None]
-        grads = iter(torch.autograd.grad(outputs, asked, (dout, dlse), allow_unused=True, materialize_grads=True))
+    """(dq, dk, dv, drel_bias), None where not wanted: a second forward, differentiated.
+
+    Through torch.func, because this runs inside the registered op, below autograd.
+    """
+    inputs = (q, k, v, rel_bias)
+    asked = [x for x, want in zip(inputs, wanted, strict=True) if want]
+
+    def outputs(*leaves: Tensor) -> tuple[Tensor, Tensor]:
+        given = iter(leaves)
+        q, k, v, rel_bias = (next(given) if want else x for x, want in zip(inputs, wanted, strict=True))
+        return forward(q, k, v, layout, rel_bias, scale)  # type: ignore[arg-type]
+
+    _, pull = torch.func.vjp(outputs, *asked)
+    grads = iter(pull((dout, dlse)))
     return tuple(next(grads) if want else None for want in wanted)  # type: ignore[return-value]
 
 
@@ -98,8 +105,7 @@ def _rows(
 
 def _gather(x: Tensor, rows: Tensor, real: Tensor) -> Tensor:
     """[B, T, N, H] with zeros where no token is: NaN in padding must not survive a product with zero."""
-    flat = x.reshape(-1, *x.shape[-2:])
-    gathered = flat[rows.clamp(max=max(flat.shape[0] - 1, 0))] if flat.shape[0] else flat.new_zeros(*rows.shape, *x.shape[-2:])
+    gathered = x.reshape(-1, *x.shape[-2:])[rows.clamp(max=x[..., 0, 0].numel() - 1)]
     return torch.where(real[:, :, None, None], gathered, torch.zeros((), dtype=x.dtype, device=x.device))
 
 

@@ -19,21 +19,15 @@ OUTPUTS = ("out", "lse")
 DIFFERENTIABLE = ("q", "k", "v", "rel_bias")
 DTYPES = ("float32", "bfloat16", "float16")
 
-# contract.md §4: err(kernel) <= ratio · err(yardstick) + floor, for the largest error and for its rms.
+# docs/contract.md §4: err(kernel) <= ratio · err(yardstick) + floor, for the largest error and for its rms.
 RATIO_MAX = {"float32": 3.0, "bfloat16": 3.0, "float16": 3.0}
 RATIO_RMS = {"float32": 2.0, "bfloat16": 1.25, "float16": 1.25}
-# Wider (largest, rms) where a flash backward must lose more than the unfused one; it subtracts delta = <dout, out>:
-# - 16 bits: out is the stored, rounded one, so a row's error is shared by all its dS, and the table's gradient sums
-#   thousands of them. Only an out kept in float32 (memory) or a second pass over the keys (two products) would help.
-# - float32: where a query sees one or few keys dP - delta cancels; the unfused formula is then exact by luck, and the
-#   largest error over an array exceeds a floor made for its rms.
-WIDER = {
-    **{("float32", array): (8.0, 2.0) for array in ("dq", "dk")},
-    **{(dtype, array): (4.0, 2.5) for dtype in ("bfloat16", "float16") for array in ("dq", "dk")},
-    **{(dtype, "drel_bias"): (6.0, 4.0) for dtype in ("bfloat16", "float16")},
-}
 FLOOR = 2.0**-22
-"""times the rms of the same formula with every term replaced by its absolute value (`magnitudes`)."""
+"""times the rms (the largest) of the same formula with every term replaced by its absolute value."""
+UNIT = {"float32": 2.0**-21, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+"""times the same of the formula with dS replaced by P·|dout·out|: the gradients' second floor. A flash backward subtracts
+delta = <dout, out> with out as it is stored, so one rounding of out is shared by all dS of a row; the unfused yardstick
+has no such term. Only an out kept in float32 (memory) or a second pass over the keys (two products) would avoid it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -179,11 +173,10 @@ def bytes_moved(case: Case, direction: str, itemsize: int) -> int:
     return {"forward": forward, "backward": backward, "both": forward + backward}[direction]
 
 
-def magnitudes(case: Case, inputs: dict[str, np.ndarray]) -> dict[str, float]:
-    """For each output and gradient, the rms of its formula with every term replaced by its absolute value, float64."""
+def floors(case: Case, inputs: dict[str, np.ndarray], dtype: str) -> dict[str, tuple[float, float]]:
+    """For each output and gradient, the (largest, rms) error that `dtype` may add to the yardstick's."""
     layout = case.layout()
-    names = (*OUTPUTS, *(f"d{name}" for name in DIFFERENTIABLE if name in inputs))
-    squares, counts = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in (*OUTPUTS, *(f"d{name}" for name in DIFFERENTIABLE))}
     q, k, v, dout, dlse = (
         inputs[name].reshape(-1, *inputs[name].shape[len(case.shapes()[0]) :]).astype(np.float64)
         for name in ("q", "k", "v", "dout", "dlse")
@@ -208,25 +201,23 @@ def magnitudes(case: Case, inputs: dict[str, np.ndarray]) -> dict[str, float]:
             p = np.exp(scores - top)
             total = p.sum(-1, keepdims=True)
             p = np.divide(p, total, out=np.zeros_like(p), where=total > 0)
-            dp = do @ vb.T
+            dp, out = do @ vb.T, p @ vb
             delta = (p * dp).sum(-1) - dlse[queries, n]
-            ds = p * (np.abs(dp) + np.abs(delta)[:, None])
+            stored = np.sqrt(((do * out) ** 2).sum(-1))
+            ds = p * (FLOOR * (np.abs(dp) + np.abs(delta)[:, None]) + UNIT[dtype] * stored[:, None])
             size = p * (scale * np.abs(qb) @ np.abs(kb).T + np.abs(bias))
-            parts = {
-                "out": p @ np.abs(vb),
-                "lse": size.sum(-1) + np.abs(np.where(total > 0, np.log(np.maximum(total, 1e-300)) + top, 0.0))[:, 0],
-                "dq": scale * ds @ np.abs(kb),
-                "dk": scale * ds.T @ np.abs(qb),
-                "dv": p.T @ np.abs(do),
-            }
-            for name, part in parts.items():
-                squares[name] += float((part**2).sum())
-                counts[name] += part.size
+            lse = np.where(total > 0, np.log(np.maximum(total, 1e-300)) + top, 0.0)[:, 0]
+            parts["out"].append(FLOOR * p @ np.abs(vb))
+            parts["lse"].append(FLOOR * (size.sum(-1) + np.abs(lse)))
+            parts["dq"].append(scale * ds @ np.abs(kb))
+            parts["dk"].append(scale * ds.T @ np.abs(qb))
+            parts["dv"].append(FLOOR * p.T @ np.abs(do))
             if dtable is not None and bias_index is not None:
                 np.add.at(dtable[n], (rows[inside], cols[inside]), ds[inside])
     if dtable is not None:
-        squares["drel_bias"], counts["drel_bias"] = float((dtable**2).sum()), dtable.size
-    return {name: math.sqrt(squares[name] / counts[name]) if counts[name] else 0.0 for name in names}
+        parts["drel_bias"].append(dtable)
+    joined = {name: np.concatenate([part.ravel() for part in found]) for name, found in parts.items() if found}
+    return {name: (x.max(initial=0.0), math.sqrt(np.mean(x**2)) if x.size else 0.0) for name, x in joined.items()}
 
 
 def _bias_index(case: Case, layout: PrefixLayout, b: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from simvlm.kernels import dispatch
+from simvlm.kernels.arrays import refuse_transforms
 from simvlm.kernels.attention import reference, table
 from simvlm.kernels.attention.layout import PrefixLayout
 
@@ -35,6 +36,7 @@ def prefix_attention(
     """(out, lse) through the registered op; `impl="reference"` is plain PyTorch and takes every transform."""
     if impl == "reference":
         return reference.forward(q, k, v, layout, rel_bias, scale)
+    refuse_transforms("prefix_attention", q, k, v, rel_bias)
     return torch.ops.simvlm.prefix_attention(
         q,
         k,
@@ -49,15 +51,6 @@ def prefix_attention(
         layout.max_k_len,
         impl or "",
     )
-
-
-def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """q, k and v in the autocast dtype where autocast is on for their device, float64 left alone; else as they are."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(x.to(dtype) if x.is_floating_point() else x for x in tensors)
 
 
 def _layout(q: Tensor, k: Tensor, bounds: Tensor, padded: bool, cross: bool, grid: Any, *maxima: int) -> PrefixLayout:

@@ -1,0 +1,63 @@
+# simvlm: everything runs from one environment, .venv/, that `make setup` builds from requirements/.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+PYTHON ?= python3
+VENV ?= .venv
+# Extra options for pip, for instance a machine without a GPU: PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+PIP_ARGS ?=
+OP ?=
+
+PY := $(VENV)/bin/python
+RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY)
+STAMP := $(VENV)/.simvlm-setup
+# What the environment and the compiled module are made from: a change of its hash makes both anew.
+INPUTS := csrc CMakeLists.txt setup.py pyproject.toml requirements
+
+.PHONY: help setup check format test test-full bench clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: ## .venv/ with the pinned packages and the C++ kernels; safe to repeat, quick when nothing changed
+	@now=$$(find $(INPUTS) -type f | LC_ALL=C sort | xargs sha256sum | sha256sum | cut -c1-16); \
+	if [ "$$(cat $(STAMP) 2>/dev/null || true)" = "$$now" ] && ls simvlm/_cpp*.so >/dev/null 2>&1; then exit 0; fi; \
+	fail() { echo "make setup: $$1" >&2; exit 1; }; \
+	command -v $(PYTHON) >/dev/null || fail "$(PYTHON) not found (Debian, Ubuntu: apt-get install python3)"; \
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "Python 3.11 or newer is needed: make setup PYTHON=python3.11"; \
+	$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || fail "Python's venv module is missing (Debian, Ubuntu: apt-get install python3-venv)"; \
+	command -v "$${CXX:-g++}" >/dev/null || fail "$${CXX:-g++} not found (Debian, Ubuntu: apt-get install g++)"; \
+	[ -x $(PY) ] || { echo "creating $(VENV)/"; $(PYTHON) -m venv $(VENV); }; \
+	packages=$$(sha256sum requirements/dev.txt | cut -c1-16); \
+	if [ "$$(cat $(STAMP)-packages 2>/dev/null || true)" != "$$packages" ]; then \
+	  echo "installing requirements/dev.txt"; \
+	  $(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r requirements/dev.txt; \
+	  echo "$$packages" > $(STAMP)-packages; \
+	fi; \
+	echo "building the C++ kernels"; \
+	SIMVLM_REQUIRE_CPP=1 $(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .; \
+	echo "$$now" > $(STAMP)
+
+check: setup ## formatting, lint and types
+	@$(PY) -m ruff format --check .
+	@$(PY) -m ruff check .
+	@$(PY) -m mypy
+	@$(VENV)/bin/clang-format --dry-run --Werror csrc/*.h csrc/*.cc
+
+format: setup ## rewrite the sources as `make check` wants them
+	@$(PY) -m ruff format .
+	@$(PY) -m ruff check --fix .
+	@$(VENV)/bin/clang-format -i csrc/*.h csrc/*.cc
+
+test: setup ## the core tier of every test; ends with a table of what ran on which implementation
+	@$(RUN) -m pytest -m "not full"
+
+test-full: setup ## every test, the long tier included
+	@$(RUN) -m pytest
+
+bench: setup ## time the kernels against their peers (OP=prefix_attention for one op)
+	@$(RUN) -m benchmarks $(if $(OP),--op $(OP))
+
+clean: ## remove everything that was built, .venv/ included
+	rm -rf $(VENV) build dist *.egg-info simvlm/_cpp*.so simvlm/_cpp_build_error.txt

@@ -1,0 +1,53 @@
+"""What runs on this machine: versions, CPU levels, and every implementation of every op or the reason why not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+
+import simvlm
+from simvlm.kernels import OPS, implementations
+
+_PACKAGES = ("numpy", "torch", "triton", "jax", "jaxlib")
+
+
+def report() -> str:
+    """The report as text, one fact a line."""
+    lines = [f"simvlm {simvlm.__version__}, Python {platform.python_version()}, {platform.platform()}"]
+    lines.append(f"CPU: {_cpu_model()}, {len(os.sched_getaffinity(0))} usable cores")
+    lines.append("packages: " + ", ".join(f"{name} {_version(name)}" for name in _PACKAGES))
+    lines.append(_cpu_levels())
+    for op in OPS:
+        lines += ["", op]
+        for status in implementations(op):
+            lines.append(f"  {status.family:6} {status.name:10} {status.reason or 'available'}")
+    return "\n".join(lines)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu_model() -> str:
+    try:
+        with open("/proc/cpuinfo") as info:
+            names = [line.partition(":")[2].strip() for line in info if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _cpu_levels() -> str:
+    from simvlm.kernels.attention import cpp_cpu
+
+    reason = cpp_cpu.unavailable()
+    if reason is not None:
+        return f"C++ kernels: {reason}"
+    from simvlm import _cpp
+
+    levels = ", ".join(name if runs else f"{name} (not on this CPU)" for name, runs in _cpp.levels())
+    return f"C++ kernels: {_cpp.level()} in use; compiled: {levels}"

@@ -1,0 +1,61 @@
+"""What every test shares: poisoned memory, the interpreter for Triton, and the closing table of what ran where."""
+
+from __future__ import annotations
+
+import collections
+import os
+
+# Before anything imports triton: without a GPU its kernels run in the interpreter, on CPU tensors.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import pytest
+import torch
+
+# torch.empty and new_empty come filled with NaN, so an output row that a kernel forgets is seen.
+torch.use_deterministic_algorithms(True)
+torch.utils.deterministic.fill_uninitialized_memory = True
+
+_outcomes: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+_reasons: dict[str, str] = {}
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Counts parity cases by "op  family impl@level  dtype"; ids are written by tests/test_parity.py."""
+    if "test_parity[" not in report.nodeid or (report.when != "call" and not report.skipped):
+        return
+    op, family, impl, dtype, _case = report.nodeid.partition("[")[2].rstrip("]").split("/")
+    key = f"{op:17} {family:6} {impl:17} {dtype}"
+    _outcomes[key][report.outcome] += 1
+    if report.skipped and isinstance(report.longrepr, tuple):
+        _reasons[key] = report.longrepr[2].removeprefix("Skipped: ")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not _outcomes:
+        return
+    terminalreporter.section("parity: what ran")
+    for key, counts in sorted(_outcomes.items()):
+        shown = ", ".join(f"{counts[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped") if counts[outcome])
+        terminalreporter.write_line(f"{key:52} {shown}" + (f" ({_reasons[key]})" if key in _reasons else ""))
+    missing = _too_few()
+    for line in missing:
+        terminalreporter.write_line(line, red=True)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if _too_few() and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _too_few() -> list[str]:
+    """SIMVLM_MIN_PARITY="cpp=900 reference=150": the least number of parity cases that must have passed."""
+    wanted = dict(entry.split("=") for entry in os.environ.get("SIMVLM_MIN_PARITY", "").split())
+    passed: collections.Counter[str] = collections.Counter()
+    for key, counts in _outcomes.items():
+        passed[key.split()[2].partition("@")[0]] += counts["passed"]
+    return [
+        f"only {passed[impl]} parity cases passed for {impl}, at least {least} must"
+        for impl, least in wanted.items()
+        if passed[impl] < int(least)
+    ]

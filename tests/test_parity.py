@@ -1,0 +1,86 @@
+"""The one parity test: op × implementation × case × dtype, forward and every gradient, within the error budget."""
+
+from __future__ import annotations
+
+import pytest
+
+from simvlm.kernels import dispatch, implementations, parity
+from simvlm.kernels.attention import cpp_cpu
+from simvlm.kernels.attention import spec as attention_spec
+
+SPECS = {"prefix_attention": attention_spec}
+CPU_LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
+
+# Triton's interpreter needs some 3 ms a tile and gets bfloat16 wrong; XLA compiles every shape anew.
+INTERPRETED_TILES = 200
+
+
+def _variants(status: dispatch.Status) -> list[str]:
+    return [f"cpp@{level}" for level in CPU_LEVELS] if status.name == "cpp" else [status.name]
+
+
+def _dtypes(spec, family: str, impl: str, case) -> tuple[str, ...]:
+    if impl == "triton":
+        return ("float32", "float16") if _tiles(case) <= INTERPRETED_TILES else ()
+    if family == "jax" and (case.memory != "contiguous" or case.tier == "full"):
+        return ()
+    return spec.DTYPES
+
+
+def _tiles(case) -> int:
+    """Tiles of 16 × 16 and 64 × 64 that a kernel may walk, forward and twice backward."""
+    k_lens = case.q_lens if case.k_lens is None else case.k_lens
+    pairs = sum(-(-q // 32) * -(-k // 32) for q, k in zip(case.q_lens, k_lens, strict=True))
+    return 3 * pairs * case.heads
+
+
+def _cases():
+    for op, spec in SPECS.items():
+        for status in implementations(op):
+            for variant in _variants(status):
+                for case in spec.CASES:
+                    for dtype in _dtypes(spec, status.family, status.name, case):
+                        yield pytest.param(
+                            spec,
+                            case,
+                            status,
+                            variant,
+                            dtype,
+                            id=f"{op}/{status.family}/{variant}/{dtype}/{case.name}",
+                            marks=[pytest.mark.full] if case.tier == "full" else [],
+                        )
+
+
+@pytest.fixture
+def cpu_level():
+    """Chooses a CPU level of the C++ kernels for one test, or skips where this processor lacks it."""
+    chosen = []
+
+    def choose(level: str) -> None:
+        from simvlm import _cpp
+
+        if not dict(_cpp.levels()).get(level):
+            pytest.skip(f"this processor does not run {level}")
+        _cpp.select_level(level)
+        chosen.append(_cpp)
+
+    yield choose
+    for module in chosen:
+        module.select_level(None)
+
+
+@pytest.mark.parametrize(("spec", "case", "status", "variant", "dtype"), _cases())
+def test_parity(spec, case, status, variant, dtype, cpu_level):
+    if not status.available:
+        pytest.fail(f"{status.name} ought to run here: {status.reason}")
+    if "@" in variant:
+        cpu_level(variant.partition("@")[2])
+    found = parity.violations(spec, case, status.family, status.name, dtype)
+    assert not found, "\n".join(map(str, found))
+
+
+def test_the_cpu_levels_are_those_compiled():
+    from simvlm import _cpp
+
+    assert [level for level, _ in _cpp.levels()] == list(CPU_LEVELS)
+    assert cpp_cpu.unavailable() is None
