@@ -4,9 +4,9 @@
 #include <cstring>
 
 // SIMVLM_LEVELS is X(baseline) X(avx2) …: the levels that CMakeLists.txt compiled, in order.
-#define X(level)                                   \
-  namespace simvlm::level {                        \
-  bool attention_forward(const AttentionForward&); \
+#define X(level)                                     \
+  namespace simvlm::level {                          \
+  bool attention_forward(const AttentionForward&);   \
   bool attention_backward(const AttentionBackward&); \
   }
 SIMVLM_LEVELS

@@ -1,8 +1,9 @@
 // Prefix attention, forward and backward, for one CPU level (docs/attention.md derives the formulas).
 //
-// Query i of a sequence sees exactly its first `limit(i)` keys, and limits never fall from one query to the next: a tile
-// of queries needs the key blocks below its last limit, and masks only where a block crosses a limit. Tiles start at the
-// sequence's own first row and sums run in a fixed order, so results depend neither on the batch nor on the threads.
+// Query i of a sequence sees exactly its first `limit(i)` keys, and limits never fall from one query to the next: a
+// tile of queries needs the key blocks below its last limit, and masks only where a block crosses a limit. Tiles start
+// at the sequence's own first row and sums run in a fixed order, so results depend neither on the batch nor on the
+// threads.
 //
 //   forward   task (sequence, head, chunk of queries): online softmax over key blocks.
 //   backward  task (sequence, head): for each key block, for each query tile that sees it, P and dS are computed again
@@ -73,12 +74,18 @@ void product_columns(const Product& p, int64_t rows, int64_t column) {
   int64_t m = 0;
   for (; m + tile_rows <= rows; m += tile_rows) product_tile<tile_rows, Vectors>(p, m, column);
   switch (rows - m) {
-    case 5: return product_tile<5, Vectors>(p, m, column);
-    case 4: return product_tile<4, Vectors>(p, m, column);
-    case 3: return product_tile<3, Vectors>(p, m, column);
-    case 2: return product_tile<2, Vectors>(p, m, column);
-    case 1: return product_tile<1, Vectors>(p, m, column);
-    default: return;
+    case 5:
+      return product_tile<5, Vectors>(p, m, column);
+    case 4:
+      return product_tile<4, Vectors>(p, m, column);
+    case 3:
+      return product_tile<3, Vectors>(p, m, column);
+    case 2:
+      return product_tile<2, Vectors>(p, m, column);
+    case 1:
+      return product_tile<1, Vectors>(p, m, column);
+    default:
+      return;
   }
 }
 
@@ -201,7 +208,8 @@ void clear_rows(const Tensor& t, const Sequence& s, int64_t first, int64_t count
 // ---- the table ------------------------------------------------------------------------------------------------------
 
 // For a patch at position p, the bias over image keys is one contiguous window of table rows for each row of patches.
-// Calls visit(offset of the first key within the block, offset in the table, length) for each window that a block meets.
+// Calls visit(offset of the first key within the block, offset in the table, length) for each window that a block
+// meets.
 template <class Visit>
 SIMVLM_INLINE void windows(const Sequence& s, int64_t p, int64_t first_key, int64_t grid_height, Visit visit) {
   const int64_t end = least(first_key + key_block, s.image_len);
@@ -245,8 +253,7 @@ void finish_scores(const Sequence& s, const AttentionShape& shape, int64_t first
 // ---- forward --------------------------------------------------------------------------------------------------------
 
 int64_t forward_scratch(int64_t width) {
-  return 2 * query_chunk * width + 2 * query_chunk + 2 * key_block * width + key_block * width +
-         query_tile * key_block;
+  return 2 * query_chunk * width + 2 * query_chunk + 2 * key_block * width + key_block * width + query_tile * key_block;
 }
 
 // Folds one key block's scores of a tile into the running softmax: scores become unnormalised probabilities.
@@ -374,8 +381,8 @@ bool backward_task(const AttentionBackward& a, int64_t b, int64_t n) {
   const int64_t lse_at = ((a.shape.padded ? b * a.shape.q_rows : 0) + s.q_start) * heads + n;
   const float* lse = a.lse + lse_at;
   const int64_t table_size = (2 * a.shape.grid_height - 1) * s.table_width;
-  float* dtable = a.dtable_parts == nullptr || s.image_len == 0 ? nullptr
-                                                                 : a.dtable_parts + (b * heads + n) * table_size;
+  float* dtable =
+      a.dtable_parts == nullptr || s.image_len == 0 ? nullptr : a.dtable_parts + (b * heads + n) * table_size;
   for (int64_t i = 0; dtable != nullptr && i < table_size; ++i) dtable[i] = 0.0f;
 
   float* dq = thread_scratch(backward_scratch(width, s.q_len));

@@ -1,5 +1,6 @@
-// The Python door: raw addresses and sizes in, nothing of torch or numpy. It checks every number that a kernel will turn
-// into an address, releases the GIL and calls the level in use. simvlm/kernels/attention/cpp_cpu.py is its only caller.
+// The Python door: raw addresses and sizes in, nothing of torch or numpy. It checks every number that a kernel will
+// turn into an address, releases the GIL and calls the level in use. simvlm/kernels/attention/cpp_cpu.py is its only
+// caller.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -39,7 +40,8 @@ void check_ranges(const char* name, const int32_t* starts, const int32_t* lens, 
   int64_t end = 0;
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t start = padded ? 0 : starts[b], len = lens[b];
-    const std::string range = std::string(name) + " rows " + std::to_string(start) + " to " + std::to_string(start + len);
+    const std::string range =
+        std::string(name) + " rows " + std::to_string(start) + " to " + std::to_string(start + len);
     if (start < 0 || len < 0 || start + len > rows) refuse(range + " of " + std::to_string(rows), b);
     if (padded || !written) continue;
     if (start < end) refuse(range + " after " + std::to_string(end) + " (ranges overlap or descend)", b);
@@ -78,8 +80,17 @@ AttentionShape checked_shape(int64_t bounds, const Statics& s, bool keys_written
     }
   }
   if (!s.padded && s.batch > 0 && at.q_starts[0] != 0) refuse("a first query row that is not 0", 0);
-  return {s.batch,       s.heads,      s.head_dim, s.padded, s.q_rows, s.k_rows,
-          at,            s.grid_height, s.grid_width, s.scale,  static_cast<simvlm::DType>(s.dtype),
+  return {s.batch,
+          s.heads,
+          s.head_dim,
+          s.padded,
+          s.q_rows,
+          s.k_rows,
+          at,
+          s.grid_height,
+          s.grid_width,
+          s.scale,
+          static_cast<simvlm::DType>(s.dtype),
           s.threads < 1 ? 1 : s.threads};
 }
 
@@ -87,10 +98,10 @@ void attention_forward(const Strided& q, const Strided& k, const Strided& v, con
                        int64_t table, int64_t bounds, int64_t batch, int64_t heads, int64_t head_dim, bool padded,
                        int64_t q_rows, int64_t k_rows, int64_t grid_height, int64_t grid_width, float scale, int dtype,
                        int threads) {
-  const Statics statics{batch,       heads,      head_dim, padded, q_rows, k_rows,
-                        grid_height, grid_width, scale,    dtype,  threads};
-  const simvlm::AttentionForward problem{checked_shape(bounds, statics, false), tensor(q), tensor(k), tensor(v),
-                                         tensor(out), pointer<const float>(table), pointer<float>(lse)};
+  const Statics statics{batch, heads, head_dim, padded, q_rows, k_rows, grid_height, grid_width, scale, dtype, threads};
+  const simvlm::AttentionForward problem{
+      checked_shape(bounds, statics, false), tensor(q),          tensor(k), tensor(v), tensor(out),
+      pointer<const float>(table),           pointer<float>(lse)};
   py::gil_scoped_release released;
   if (!simvlm::kernels().attention_forward(problem)) throw std::bad_alloc();
 }
@@ -100,8 +111,7 @@ void attention_backward(const Strided& q, const Strided& k, const Strided& v, co
                         int64_t table, int64_t dtable, int64_t bounds, int64_t batch, int64_t heads, int64_t head_dim,
                         bool padded, int64_t q_rows, int64_t k_rows, int64_t grid_height, int64_t grid_width,
                         float scale, int dtype, int threads) {
-  const Statics statics{batch,       heads,      head_dim, padded, q_rows, k_rows,
-                        grid_height, grid_width, scale,    dtype,  threads};
+  const Statics statics{batch, heads, head_dim, padded, q_rows, k_rows, grid_height, grid_width, scale, dtype, threads};
   const bool keys_written = dk[0] != 0 || dv[0] != 0;
   simvlm::AttentionBackward problem{checked_shape(bounds, statics, keys_written),
                                     tensor(q),

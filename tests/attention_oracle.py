@@ -102,7 +102,9 @@ def on_case(case, inputs):
         }
         for b in range(batch)
     ]
-    packed = {name: x.reshape(-1, *x.shape[2:]) if case.padded and name != "rel_bias" else x for name, x in inputs.items()}
+    packed = {
+        name: x.reshape(-1, *x.shape[2:]) if case.padded and name != "rel_bias" else x for name, x in inputs.items()
+    }
     result = attention(
         *(packed[name] for name in ("q", "k", "v", "dout", "dlse")),
         sequences,

@@ -36,7 +36,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         return
     terminalreporter.section("parity: what ran")
     for key, counts in sorted(_outcomes.items()):
-        shown = ", ".join(f"{counts[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped") if counts[outcome])
+        shown = ", ".join(
+            f"{counts[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped") if counts[outcome]
+        )
         terminalreporter.write_line(f"{key:52} {shown}" + (f" ({_reasons[key]})" if key in _reasons else ""))
     missing = _too_few()
     for line in missing:

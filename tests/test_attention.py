@@ -1,4 +1,4 @@
-"""`prefix_attention` beyond parity: the reference against the oracle, invariance, mutants, and how torch sees the op."""
+"""`prefix_attention` beyond parity: reference against oracle, mutants, invariance, and how torch sees the op."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_reference_equals_the_oracle(case):
         attention_oracle.assert_same(value, want[name], name)
 
 
-# ---- mutants: each must turn parity red on at least one core case -----------------------------------------------------
+# ---- mutants: each must turn parity red on at least one core case --------------------------------------------------
 
 
 def _mutant(name):
@@ -119,7 +119,7 @@ def test_an_unmutated_stand_in_is_green(monkeypatch):
     assert not [case.name for case in SMALL if parity.violations(spec, case, "torch", "cpp", "float32")]
 
 
-# ---- bit-equality -----------------------------------------------------------------------------------------------------
+# ---- bit-equality --------------------------------------------------------------------------------------------------
 
 BATCH_INVARIANT = ("cpp",)
 
@@ -176,8 +176,15 @@ def test_the_number_of_threads_changes_nothing(name, dtype):
 def test_batch_invariance(impl, dtype):
     """A sequence's out, lse, dq, dk and dv are the same bits alone, in a batch, padded and packed."""
     lens, prefixes, images = [70, 1, 129, 33], [20, 0, 129, 12], [True, False, True, True]
-    batch = spec.Case(name="batch", q_lens=tuple(lens), prefix_lens=tuple(prefixes), image_grid=(3, 4),
-                      has_image=tuple(images), tail=5, head_dim=40)
+    batch = spec.Case(
+        name="batch",
+        q_lens=tuple(lens),
+        prefix_lens=tuple(prefixes),
+        image_grid=(3, 4),
+        has_image=tuple(images),
+        tail=5,
+        head_dim=40,
+    )
     tensors = _leaves(batch, dtype)
     packed = _everything(batch, tensors, impl)[:5]
     padded = dataclasses.replace(batch, padded=(140, 140))
@@ -225,7 +232,7 @@ def test_overlapping_keys_are_read_by_every_owner():
     torch.testing.assert_close(shared, whole)
 
 
-# ---- torch's view of the op -------------------------------------------------------------------------------------------
+# ---- torch's view of the op ----------------------------------------------------------------------------------------
 
 
 def _op_arguments(case, grads=True):
@@ -245,11 +252,11 @@ def test_opcheck(impl):
         torch.library.opcheck(torch.ops.simvlm.prefix_attention, (*arguments, *statics, impl))
         q, k, v, bounds, table, scale = arguments
         out, lse = torch.ops.simvlm.prefix_attention(*arguments, *statics, impl)
-        plain = [x if x is None else x.detach() for x in (tensors["dout"], tensors["dlse"], q, k, v, out, lse, bounds, table)]
+        plain = [
+            x if x is None else x.detach() for x in (tensors["dout"], tensors["dlse"], q, k, v, out, lse, bounds, table)
+        ]
         wanted = [True, True, True, table is not None]
-        torch.library.opcheck(
-            torch.ops.simvlm.prefix_attention_backward, (*plain, scale, *statics, impl, wanted)
-        )
+        torch.library.opcheck(torch.ops.simvlm.prefix_attention_backward, (*plain, scale, *statics, impl, wanted))
 
 
 @pytest.mark.parametrize("impl", [None, "cpp", "reference"])
@@ -268,7 +275,11 @@ def test_compile_fullgraph(impl, on_tensor):
         layout = now.layout().to("cpu") if on_tensor else now.layout()
         grads = []
         for function in (loss, loss.__wrapped__):
-            leaves = [x.detach().requires_grad_() for name, x in _leaves(now, "float32").items() if name in spec.DIFFERENTIABLE]
+            leaves = [
+                x.detach().requires_grad_()
+                for name, x in _leaves(now, "float32").items()
+                if name in spec.DIFFERENTIABLE
+            ]
             function(*leaves, layout).backward()
             grads.append([leaf.grad for leaf in leaves])
         torch.testing.assert_close(*grads)
@@ -292,8 +303,10 @@ def test_autocast_casts_qkv_and_not_the_table():
 @pytest.mark.parametrize("padded", [False, True])
 def test_vmap(padded):
     """A vmapped dimension runs as more heads; gradients of the vmapped table come back per entry."""
-    layout = PrefixLayout.padded(2, 9, prefix_lens=5, image_grid=(2, 2)) if padded else PrefixLayout.packed(
-        [4, 9], prefix_lens=[2, 5], image_grid=(2, 2)
+    layout = (
+        PrefixLayout.padded(2, 9, prefix_lens=5, image_grid=(2, 2))
+        if padded
+        else PrefixLayout.packed([4, 9], prefix_lens=[2, 5], image_grid=(2, 2))
     )
     shape = (2, 9, 2, 8) if padded else (13, 2, 8)
     q, k, v = torch.randn(3, *shape), torch.randn(3, *shape), torch.randn(*shape)

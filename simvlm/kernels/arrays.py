@@ -26,7 +26,9 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
     import torch
 
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    if tensors[0].dtype == torch.float64:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if x is not None and x.is_floating_point() else x for x in tensors)

@@ -32,7 +32,9 @@ class Violation:
         return f"{self.array}: {self.measure} error {self.error:.3g} > {self.limit:.3g}"
 
 
-def violations(spec: ModuleType, case: Any, family: str, impl: str | None, dtype: str, seed: int = 0) -> list[Violation]:
+def violations(
+    spec: ModuleType, case: Any, family: str, impl: str | None, dtype: str, seed: int = 0
+) -> list[Violation]:
     """Every array, forward and gradient, in which `impl` misses the budget on `case`; empty when it meets it."""
     inputs, truth, yardstick, floors = _expected(spec, case, dtype, seed)
     got = run(spec, case, inputs, family, impl, dtype)
@@ -51,8 +53,13 @@ def run(
 
 
 @functools.lru_cache(maxsize=64)
-def _expected(spec: ModuleType, case: Any, dtype: str, seed: int) -> tuple[Any, Any, Any, dict[str, float]]:
-    inputs = {name: rounded(x, dtype if name not in PARAMETERS else "float32") for name, x in spec.make_inputs(case, seed).items()}
+def _expected(
+    spec: ModuleType, case: Any, dtype: str, seed: int
+) -> tuple[Any, Any, Any, dict[str, tuple[float, float]]]:
+    inputs = {
+        name: rounded(x, dtype if name not in PARAMETERS else "float32")
+        for name, x in spec.make_inputs(case, seed).items()
+    }
     truth = run(spec, case, inputs, "torch", "reference", "float64")
     yardstick = run(spec, case, inputs, "torch", "reference", dtype)
     return inputs, truth, yardstick, spec.floors(case, inputs, dtype)
@@ -86,7 +93,7 @@ def compare(
     if not finite.any():
         return []
     error, honest = got[finite] - truth[finite], yardstick[finite] - truth[finite]
-    largest, rms = lambda e: float(np.abs(e).max()), lambda e: float(np.sqrt(np.mean(e**2)))  # noqa: E731
+    largest, rms = lambda e: float(np.abs(e).max()), lambda e: float(np.sqrt(np.mean(e**2)))
     found = []
     for label, measure, ratio, room in (
         ("largest", largest, spec.RATIO_MAX[dtype], floor[0]),
@@ -98,7 +105,9 @@ def compare(
     return found
 
 
-def _run_torch(spec: Any, case: Any, inputs: dict[str, np.ndarray], impl: str | None, dtype: str) -> dict[str, np.ndarray]:
+def _run_torch(
+    spec: Any, case: Any, inputs: dict[str, np.ndarray], impl: str | None, dtype: str
+) -> dict[str, np.ndarray]:
     layout = case.layout()
     device = "cpu"
     if impl == "triton" and torch.cuda.is_available():
@@ -158,7 +167,9 @@ def _strided_batch(x: torch.Tensor) -> torch.Tensor:
 _LAYINGS = {"misaligned": _misaligned, "channels_last": _channels_last, "strided_batch": _strided_batch}
 
 
-def _run_jax(spec: Any, case: Any, inputs: dict[str, np.ndarray], impl: str | None, dtype: str) -> dict[str, np.ndarray]:
+def _run_jax(
+    spec: Any, case: Any, inputs: dict[str, np.ndarray], impl: str | None, dtype: str
+) -> dict[str, np.ndarray]:
     import jax
     import jax.numpy as jnp
 
@@ -179,7 +190,9 @@ def _run_jax(spec: Any, case: Any, inputs: dict[str, np.ndarray], impl: str | No
     return {name: np.asarray(x).astype(np.float64) for name, x in result.items()}
 
 
-def _run_numpy(spec: Any, case: Any, inputs: dict[str, np.ndarray], impl: str | None, dtype: str) -> dict[str, np.ndarray]:
+def _run_numpy(
+    spec: Any, case: Any, inputs: dict[str, np.ndarray], impl: str | None, dtype: str
+) -> dict[str, np.ndarray]:
     import ml_dtypes
 
     kind = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)

@@ -86,14 +86,18 @@ def _check(family: str, q: Any, k: Any, v: Any, layout: PrefixLayout, rel_bias: 
     for name, x in (("q", q), ("k", k), ("v", v)):
         if len(x.shape) != rank:
             form = "padded" if layout.is_padded else "packed"
-            raise ValueError(f"{OP}: {name} must have {rank} axes {axes} with a {form} layout, got shape {tuple(x.shape)}")
+            raise ValueError(
+                f"{OP}: {name} must have {rank} axes {axes} with a {form} layout, got shape {tuple(x.shape)}"
+            )
         dtype = dtype_name(x)
         if dtype not in _DTYPES:
             raise TypeError(f"{OP}: {name} must be {', '.join(_DTYPES[:-1])} (or float64, reference only), got {dtype}")
         if x.dtype != q.dtype:
             raise TypeError(f"{OP}: q, k and v must have one dtype, got {dtype_name(q)} for q and {dtype} for {name}")
         if not last_axis_contiguous(family, x):
-            raise ValueError(f"{OP}: {name} must be contiguous in its last axis, got strides {strides(x)}: call .contiguous()")
+            raise ValueError(
+                f"{OP}: {name} must be contiguous in its last axis, got strides {strides(x)}: call .contiguous()"
+            )
     heads, head_dim = q.shape[-2:]
     if head_dim % 8 or not 8 <= head_dim <= 128:
         raise ValueError(f"{OP}: head_dim (q's last axis) must be a multiple of 8 from 8 to 128, got {head_dim}")
@@ -142,14 +146,20 @@ def _check_devices(q: Any, k: Any, v: Any, layout: PrefixLayout, rel_bias: Any) 
     # A layout in numpy is on the host: fine for CPU tensors, a copy in every layer for others.
     where = "cpu" if isinstance(layout.bounds, np.ndarray) else layout.bounds.device.type
     if where != q.device.type:
-        raise ValueError(f"{OP}: layout must be on q's device {q.device}, got {where}: call layout.to(q.device) once a batch")
+        raise ValueError(
+            f"{OP}: layout must be on q's device {q.device}, got {where}: call layout.to(q.device) once a batch"
+        )
 
 
 def _check_table(rel_bias: Any, heads: int, layout: PrefixLayout) -> None:
     if layout.cross:
-        raise ValueError(f"{OP}: rel_bias must be None with a cross layout (its keys are no patches of the queries' image)")
+        raise ValueError(
+            f"{OP}: rel_bias must be None with a cross layout (its keys are no patches of the queries' image)"
+        )
     if layout.image_grid is None:
-        raise ValueError(f"{OP}: rel_bias must be None with a layout that has no image_grid; give the layout image_grid=(Gh, Gw)")
+        raise ValueError(
+            f"{OP}: rel_bias must be None with a layout that has no image_grid; give the layout image_grid=(Gh, Gw)"
+        )
     height, width = layout.image_grid
     want = (heads, 2 * height - 1, 2 * width - 1)
     if tuple(rel_bias.shape) != want:

@@ -162,7 +162,7 @@ class PrefixLayout:
         read = _Reader(shape[0] if shape else 1, q_lens, k_lens, k_starts, prefix_lens, q_offsets, has_image)
         if not read.on_host and (max_q_len is None or max_k_len is None):
             raise ValueError(
-                "PrefixLayout: max_q_len and max_k_len must be given for traced lengths or lengths on a device, got None"
+                "PrefixLayout: max_q_len and max_k_len must be given for traced lengths and lengths on a device"
             )
         q = read.lengths("q_lens", q_lens, _INT32_MAX if max_q_len is None else max_q_len)
         k = read.lengths("k_lens", k_lens, _INT32_MAX if max_k_len is None else max_k_len)
@@ -235,7 +235,9 @@ class PrefixLayout:
 
             return create_block_mask(visible_padded, self.batch, None, *self.padded_shape, device=bounds.device)
         q_rows, k_rows = q_rows or self.q_rows, k_rows or self.k_rows
-        owner = torch.searchsorted((q_starts + q_lens).contiguous(), torch.arange(q_rows, device=bounds.device), right=True)
+        owner = torch.searchsorted(
+            (q_starts + q_lens).contiguous(), torch.arange(q_rows, device=bounds.device), right=True
+        )
 
         def visible_packed(_b: Any, h: Any, row: Any, key: Any) -> Any:
             b = owner[row].clamp(max=self.batch - 1)
@@ -287,11 +289,17 @@ class _Reader:
             value = np.asarray(value)
             if value.size == 0:
                 value = value.astype(bool if kinds == "b" else np.int64)
-        kind = value.dtype.kind if on_host else ("i" if "int" in str(value.dtype) else "b" if "bool" in str(value.dtype) else "f")
+        kind = (
+            value.dtype.kind
+            if on_host
+            else ("i" if "int" in str(value.dtype) else "b" if "bool" in str(value.dtype) else "f")
+        )
         if kind not in kinds:
             raise TypeError(f"PrefixLayout: {name} must be {what}, got {value.dtype}")
         if tuple(value.shape) not in ((), (self.batch,)):
-            raise ValueError(f"PrefixLayout: {name} must be a scalar or have shape ({self.batch},), got {tuple(value.shape)}")
+            raise ValueError(
+                f"PrefixLayout: {name} must be a scalar or have shape ({self.batch},), got {tuple(value.shape)}"
+            )
         return self.namespace.broadcast_to(self.move(value), (self.batch,))
 
     def lengths(self, name: str, value: Any, limit: int) -> Any:
@@ -377,18 +385,18 @@ _registered: set[str] = set()
 
 def _register_pytrees() -> None:
     """Makes the layout a pytree (leaf: bounds) of each library that is loaded: no import is forced by it."""
-    if "jax" in sys.modules and "jax" not in _registered:
+    if sys.modules.get("jax") and "jax" not in _registered:
         _registered.add("jax")
         import jax
 
         jax.tree_util.register_dataclass(PrefixLayout, data_fields=["bounds"], meta_fields=list(_STATIC))
-    if "torch" in sys.modules and "torch" not in _registered:
+    if sys.modules.get("torch") and "torch" not in _registered:
         _registered.add("torch")
         from torch.utils import _pytree
 
         _pytree.register_pytree_node(
             PrefixLayout,
             lambda layout: ([layout.bounds], tuple(getattr(layout, name) for name in _STATIC)),
-            lambda leaves, static: PrefixLayout(*leaves, **dict(zip(_STATIC, static, strict=True))),  # type: ignore[misc]
+            lambda leaves, static: PrefixLayout(*leaves, **dict(zip(_STATIC, static, strict=True))),
             serialized_type_name="simvlm.kernels.PrefixLayout",
         )

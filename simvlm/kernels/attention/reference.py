@@ -10,6 +10,8 @@ other implementation is compared with; nothing here is fast.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -82,14 +84,14 @@ def backward(
     Through torch.func, because this runs inside the registered op, below autograd.
     """
     inputs = (q, k, v, rel_bias)
+
+    def outputs(*asked: Tensor) -> tuple[Tensor, Tensor]:
+        leaves = iter(asked)
+        whole: list[Any] = [next(leaves) if want else x for x, want in zip(inputs, wanted, strict=True)]
+        return forward(whole[0], whole[1], whole[2], layout, whole[3], scale)
+
     asked = [x for x, want in zip(inputs, wanted, strict=True) if want]
-
-    def outputs(*leaves: Tensor) -> tuple[Tensor, Tensor]:
-        given = iter(leaves)
-        q, k, v, rel_bias = (next(given) if want else x for x, want in zip(inputs, wanted, strict=True))
-        return forward(q, k, v, layout, rel_bias, scale)  # type: ignore[arg-type]
-
-    _, pull = torch.func.vjp(outputs, *asked)
+    pull: Any = torch.func.vjp(outputs, *asked)[1]
     grads = iter(pull((dout, dlse)))
     return tuple(next(grads) if want else None for want in wanted)  # type: ignore[return-value]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from simvlm.kernels.attention import OP, prefix_attention
+from simvlm.kernels.attention import prefix_attention
 from simvlm.kernels.attention.layout import PrefixLayout
 
 OUTPUTS = ("out", "lse")
@@ -25,7 +25,7 @@ RATIO_RMS = {"float32": 2.0, "bfloat16": 1.25, "float16": 1.25}
 FLOOR = 2.0**-22
 """times the rms (the largest) of the same formula with every term replaced by its absolute value."""
 UNIT = {"float32": 2.0**-21, "bfloat16": 2.0**-8, "float16": 2.0**-11}
-"""times the same of the formula with dS replaced by P·|dout·out|: the gradients' second floor. A flash backward subtracts
+"""times the same with dS replaced by P·|dout·out|: the gradients' second floor. A flash backward subtracts
 delta = <dout, out> with out as it is stored, so one rounding of out is shared by all dS of a row; the unfused yardstick
 has no such term. Only an out kept in float32 (memory) or a second pass over the keys (two products) would avoid it."""
 
@@ -61,13 +61,13 @@ class Case:
     tier: str = "core"
 
     def layout(self) -> PrefixLayout:
-        shared: dict[str, Any] = dict(
-            prefix_lens=self.prefix_lens,
-            q_offsets=self.q_offsets,
-            image_grid=self.image_grid,
-            has_image=None if self.has_image is None else list(self.has_image),
-            cross=self.cross,
-        )
+        shared: dict[str, Any] = {
+            "prefix_lens": self.prefix_lens,
+            "q_offsets": self.q_offsets,
+            "image_grid": self.image_grid,
+            "has_image": None if self.has_image is None else list(self.has_image),
+            "cross": self.cross,
+        }
         q_lens, k_lens = list(self.q_lens), None if self.k_lens is None else list(self.k_lens)
         if self.padded is not None:
             return PrefixLayout.padded(len(q_lens), *self.padded, q_lens=q_lens, k_lens=k_lens, **shared)
@@ -282,13 +282,26 @@ CASES: tuple[Case, ...] = (
         has_image=(True, False, True),
     ),
     Case(name="decoder_only", q_lens=(240, 212), prefix_lens=(205, 196), image_grid=(14, 14)),
-    Case(name="huge_heads", q_lens=(150, 64), prefix_lens=(130, 10), image_grid=(9, 14), heads=3, head_dim=80,
-         has_image=(True, False)),
+    Case(
+        name="huge_heads",
+        q_lens=(150, 64),
+        prefix_lens=(130, 10),
+        image_grid=(9, 14),
+        heads=3,
+        head_dim=80,
+        has_image=(True, False),
+    ),
     Case(name="captions", q_lens=_CAPTIONS, prefix_lens=0),
     Case(name="captions_cross", q_lens=_CAPTIONS, k_lens=tuple(50 + 3 * n for n in _CAPTIONS), cross=True),
     Case(name="decode", q_lens=(1, 1, 1), k_lens=(80, 33, 1), q_offsets=(79, 32, 0), prefix_lens=0),
-    Case(name="decode_chunk_table", q_lens=(5, 7), k_lens=(30, 64), q_offsets=(3, 57), prefix_lens=(8, 12),
-         image_grid=(3, 4)),
+    Case(
+        name="decode_chunk_table",
+        q_lens=(5, 7),
+        k_lens=(30, 64),
+        q_offsets=(3, 57),
+        prefix_lens=(8, 12),
+        image_grid=(3, 4),
+    ),
     Case(
         name="beams",
         q_lens=(1, 1, 1, 1),
@@ -324,8 +337,71 @@ CASES: tuple[Case, ...] = (
 # uniform in [196, 452) and [900, 964), captions uniform in 4 … 32.
 _PRETRAIN_PREFIXES = (413, 359, 326, 265)
 _CAPTION_LENS = (
-    *(28, 11, 7, 12, 16, 27, 17, 6, 13, 21, 27, 25, 32, 9, 29, 5, 20, 11, 9, 23, 12, 20, 11, 8, 25, 16, 23, 23, 31, 16, 10),
-    *(22, 31, 32, 29, 23, 15, 15, 5, 9, 13, 14, 20, 18, 24, 29, 29, 26, 32, 13, 30, 30, 10, 17, 20, 24, 24, 7, 17, 7, 31),
+    *(
+        28,
+        11,
+        7,
+        12,
+        16,
+        27,
+        17,
+        6,
+        13,
+        21,
+        27,
+        25,
+        32,
+        9,
+        29,
+        5,
+        20,
+        11,
+        9,
+        23,
+        12,
+        20,
+        11,
+        8,
+        25,
+        16,
+        23,
+        23,
+        31,
+        16,
+        10,
+    ),
+    *(
+        22,
+        31,
+        32,
+        29,
+        23,
+        15,
+        15,
+        5,
+        9,
+        13,
+        14,
+        20,
+        18,
+        24,
+        29,
+        29,
+        26,
+        32,
+        13,
+        30,
+        30,
+        10,
+        17,
+        20,
+        24,
+        24,
+        7,
+        17,
+        7,
+        31,
+    ),
     *(9, 17, 29),
 )
 

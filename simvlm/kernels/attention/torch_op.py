@@ -80,7 +80,17 @@ def _forward_fake(q: Any, k: Any, v: Any, bounds: Any, rel_bias: Any, scale: flo
 
 
 def _backward(
-    dout: Any, dlse: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, bounds: Any, rel_bias: Any, scale: float, *rest: Any
+    dout: Any,
+    dlse: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    lse: Any,
+    bounds: Any,
+    rel_bias: Any,
+    scale: float,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
     *statics, wanted = rest
     layout = _layout(q, k, bounds, *statics[:5])
@@ -90,7 +100,17 @@ def _backward(
 
 
 def _backward_fake(
-    dout: Any, dlse: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, bounds: Any, rel_bias: Any, scale: float, *rest: Any
+    dout: Any,
+    dlse: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    lse: Any,
+    bounds: Any,
+    rel_bias: Any,
+    scale: float,
+    *rest: Any,
 ) -> tuple[Any, ...]:
     wanted = rest[-1]
     inputs = (q, k, v, rel_bias)
@@ -133,7 +153,9 @@ def _unfold(info: Any, x: Tensor, axis: int) -> Tensor:
 
 def _vmap(info: Any, in_dims: Any, q: Any, k: Any, v: Any, bounds: Any, rel_bias: Any, *rest: Any) -> Any:
     if in_dims[3] is not None:
-        raise NotImplementedError("prefix_attention: vmap over the layout is not supported; vmap over q, k, v and rel_bias")
+        raise NotImplementedError(
+            "prefix_attention: vmap over the layout is not supported; vmap over q, k, v and rel_bias"
+        )
     heads = 2 if rest[1] else 1
     qkv = (_fold(info, x, dim, heads) for x, dim in zip((q, k, v), in_dims, strict=False))
     table_ = _fold(info, rel_bias, in_dims[4], 0)
@@ -143,7 +165,9 @@ def _vmap(info: Any, in_dims: Any, q: Any, k: Any, v: Any, bounds: Any, rel_bias
 
 def _vmap_backward(info: Any, in_dims: Any, *args: Any) -> Any:
     if in_dims[7] is not None:
-        raise NotImplementedError("prefix_attention: vmap over the layout is not supported; vmap over q, k, v and rel_bias")
+        raise NotImplementedError(
+            "prefix_attention: vmap over the layout is not supported; vmap over q, k, v and rel_bias"
+        )
     heads = 2 if args[10] else 1
     folded = [_fold(info, x, dim, heads) for x, dim in zip(args[:7], in_dims, strict=False)]
     table_ = _fold(info, args[8], in_dims[8], 0)

@@ -1,0 +1,189 @@
+"""The compiled module: that it is today's sources, one level per object, safe to fork, and keeps no memory."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import math
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from attend import attend
+
+from simvlm import _cpp
+from simvlm.kernels import PrefixLayout, prefix_attention
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_module_is_built_from_these_sources():
+    assert _cpp.source_hash == runpy.run_path(str(ROOT / "setup.py"))["source_hash"]()
+
+
+@pytest.fixture
+def level():
+    yield _cpp.select_level
+    _cpp.select_level(None)
+
+
+def test_levels_can_be_chosen(level):
+    for name, runs in _cpp.levels():
+        if runs:
+            level(name)
+            assert _cpp.level() == name
+
+
+def test_a_level_that_is_not_there_is_refused(level):
+    before = _cpp.level()
+    with pytest.raises(ValueError, match=r"SIMVLM_CPU_LEVEL must be .*baseline.*, got 'avx1024'"):
+        level("avx1024")
+    assert _cpp.level() == before
+
+
+def test_the_environment_forces_a_level_or_fails():
+    code = (
+        "import numpy as np; from simvlm.kernels import PrefixLayout, prefix_attention; from simvlm import _cpp;"
+        "x = np.ones((3, 1, 8), np.float32); prefix_attention(x, x, x, PrefixLayout.packed([3])); print(_cpp.level())"
+    )
+    for name, succeeds in (("baseline", True), ("avx1024", False)):
+        done = _python(code, SIMVLM_CPU_LEVEL=name)
+        assert (done.returncode == 0) == succeeds, done.stderr
+        assert (name in done.stdout) if succeeds else ("SIMVLM_CPU_LEVEL must be" in done.stderr)
+
+
+def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True)
+
+
+def test_a_levels_object_defines_no_weak_symbol_outside_its_namespace():
+    """The linker keeps one copy of a weak symbol: it must never be one compiled for a newer processor."""
+    nm = shutil.which("nm")
+    assert nm, "nm is part of binutils, which g++ needs"
+    objects = sorted((ROOT / "build").glob("cmake-*/CMakeFiles/kernels_*.dir/csrc/*.o"))
+    assert objects, "the module was built here, so its objects are here"
+    for path in objects:
+        name = re.search(r"kernels_(\w+)\.dir", str(path))[1]
+        listing = subprocess.run([nm, "-C", "--defined-only", path], capture_output=True, text=True, check=True).stdout
+        for line in listing.splitlines():
+            kind, symbol = line.split(maxsplit=2)[1:]
+            assert kind not in "VWu", f"{path.name} of {name} defines weak {symbol}"
+            assert kind.islower() or symbol.startswith(f"simvlm::{name}::"), f"{name} exports {symbol}"
+
+
+def test_exp_is_within_its_bound(level):
+    """Through the op: with one key of score 0 and one of score -x, lse - log1p(e^-x) shows e^-x's error."""
+    x = np.concatenate([np.linspace(0, 87, 20001), np.geomspace(1e-6, 87, 20001)]).astype(np.float32)
+    q = np.zeros((len(x), 1, 8), np.float32)
+    q[:, 0, 0] = -x
+    k = np.zeros((2 * len(x), 1, 8), np.float32)
+    k[1::2, 0, 0] = 1.0
+    v = np.zeros_like(k)
+    v[1::2, 0, 0] = 1.0
+    layout = PrefixLayout.packed([1] * len(x), [2] * len(x), cross=True)
+    want = 1 / (1 + np.exp(x.astype(np.float64)))
+    for name, runs in _cpp.levels():
+        if runs:
+            level(name)
+            out = prefix_attention(q, k, v, layout, scale=1.0)[:, 0, 0].astype(np.float64)
+            # e^-x within 2^-22, then a sum, a reciprocal and a product, each rounded once
+            assert np.max(np.abs(out / want - 1)) < 2.0**-22 + 3 * 2.0**-24
+
+
+def test_it_runs_after_fork():
+    """In a process of its own: torch's and jax's threads, loaded here, are not safe to fork."""
+    code = f"""
+import multiprocessing, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from attend import attend
+want = attend(0)  # the pool exists now, and its workers do not survive a fork
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    assert pool.map_async(attend, [0, 0]).get(timeout=60) == [want, want]
+print("fine")
+"""
+    done = _python(code, SIMVLM_NUM_THREADS="2")
+    assert done.stdout == "fine\n", done.stderr
+
+
+def test_concurrent_callers_get_their_own_answers():
+    want = [attend(seed) for seed in range(4)]
+    with concurrent.futures.ThreadPoolExecutor(4) as executor:
+        for _ in range(5):
+            assert list(executor.map(attend, range(4))) == want
+
+
+def test_threads_of_numpy_callers_follow_the_environment():
+    code = (
+        "import os, threading; import numpy as np; from simvlm.kernels import PrefixLayout, prefix_attention;"
+        "x = np.ones((2000, 4, 64), np.float32); prefix_attention(x, x, x, PrefixLayout.packed([2000]));"
+        "print(len(os.listdir('/proc/self/task')))"
+    )
+    alone, four = (int(_python(code, SIMVLM_NUM_THREADS=n, OPENBLAS_NUM_THREADS="1").stdout) for n in ("1", "4"))
+    assert four - alone == 3
+
+
+def _resident_kib() -> int:
+    return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def test_ten_thousand_calls_leave_memory_where_it_was():
+    x = np.ones((20, 2, 16), np.float32)
+    layout = PrefixLayout.packed([12, 8], prefix_lens=[4, 0], image_grid=(2, 2))
+    table = np.ones((2, 3, 3), np.float32)
+    for _ in range(100):
+        prefix_attention(x, x, x, layout, rel_bias=table)
+    before = _resident_kib()
+    for _ in range(10_000):
+        prefix_attention(x, x, x, layout, rel_bias=table)
+    assert _resident_kib() - before < 1024
+
+
+def test_memory_is_linear_in_the_length():
+    """T = S = 8192 in a fresh process: one T×S array of float32 would be 256 MiB."""
+    code = (
+        "import re; import numpy as np; from simvlm.kernels import PrefixLayout, prefix_attention;"
+        "x = np.ones((8192, 1, 64), np.float32); prefix_attention(x[:9], x[:9], x[:9], PrefixLayout.packed([9]));"
+        "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]);"
+        "before = peak(); prefix_attention(x, x, x, PrefixLayout.packed([8192])); print(peak() - before)"
+    )
+    done = _python(code, SIMVLM_NUM_THREADS="2")
+    assert int(done.stdout) < 16 * 1024, done.stderr
+
+
+def test_scale_of_minus_infinity_scores_is_no_nan():
+    """Scores far below the others must give 0, not NaN: exp's argument may be as low as -inf."""
+    q = np.full((1, 1, 8), 1e18, np.float32)
+    k = np.stack([np.full((1, 8), -1e18, np.float32), np.zeros((1, 8), np.float32)])
+    v = np.stack([np.full((1, 8), 5.0, np.float32), np.ones((1, 8), np.float32)])
+    out = prefix_attention(q, k, v, PrefixLayout.packed([1], [2], cross=True))
+    assert np.all(out == 1.0)
+    assert math.isfinite(float(out.sum()))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_addresses_may_be_odd(dtype):
+    """numpy arrays whose elements are not aligned even to their own size."""
+    size = np.dtype(dtype).itemsize
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((3, 40, 2, 24)).astype(dtype)
+    layout = PrefixLayout.packed([30, 10], prefix_lens=[7, 0])
+    odd = []
+    for array in x:
+        room = np.zeros(array.nbytes + 1, np.uint8)
+        room[1:] = np.frombuffer(array.tobytes(), np.uint8)
+        odd.append(np.frombuffer(room.data, dtype, array.size, 1).reshape(array.shape))
+        assert odd[-1].__array_interface__["data"][0] % size
+    assert np.array_equal(prefix_attention(*odd, layout), prefix_attention(*x, layout))
+
+
+def test_negative_strides():
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((9, 2, 16), np.float32)[::-1] for _ in range(3))
+    layout = PrefixLayout.packed([9], prefix_lens=4)
+    straight = prefix_attention(*(np.ascontiguousarray(x) for x in (q, k, v)), layout)
+    assert np.array_equal(prefix_attention(q, k, v, layout), straight)
