@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from simvlm.kernels.attention.layout import PrefixLayout
-from simvlm.kernels.attention.spec import DTYPES, FLOOR, LARGEST, RATIO_MAX, RATIO_RMS
+from simvlm.kernels.attention.spec import DTYPES, FLOOR, RATIO_MAX, RATIO_RMS
 from simvlm.kernels.stem import embed_sequence
 
-__all__ = ["CASES", "DIFFERENTIABLE", "DTYPES", "FLOOR", "LARGEST", "OUTPUTS", "RATIO_MAX", "RATIO_RMS", "Case"]
+__all__ = ["CASES", "DIFFERENTIABLE", "DTYPES", "FLOOR", "OUTPUTS", "RATIO_MAX", "RATIO_RMS", "Case"]
 
 OUTPUTS = ("rows",)
 DIFFERENTIABLE = ("features", "weight", "bias", "image_positions", "text")
@@ -116,29 +116,29 @@ def bytes_moved(case: Case, direction: str, itemsize: int) -> int:
     return {"forward": forward, "backward": backward, "both": forward + backward}[direction]
 
 
-def floors(case: Case, inputs: dict[str, np.ndarray], dtype: str) -> dict[str, float]:
-    """FLOOR times the rms of each formula with every term replaced by its absolute value, in float64."""
+def floors(case: Case, inputs: dict[str, np.ndarray], dtype: str) -> dict[str, tuple[float, float]]:
+    """FLOOR times the largest and the rms of each formula with every term replaced by its absolute value, float64."""
     size = {name: np.abs(x.astype(np.float64)) for name, x in inputs.items()}
     layout = case.layout()
     drows = size["drows"].reshape(-1, case.width)
     owned = [np.arange(start, start + length) for start, length in zip(layout.q_starts, layout.q_lens, strict=True)]
     of_text = [rows[patches:] for rows, patches in zip(owned, layout.image_lens, strict=True)]
     text_rows = np.concatenate([np.zeros(0, np.int64), *of_text])
-    squares = {"rows": [size["text"][: len(text_rows)].ravel()], "dtext": [drows[text_rows].ravel()]}
+    sizes = {"rows": [size["text"][: len(text_rows)].ravel()], "dtext": [drows[text_rows].ravel()]}
     if case.image_grid is not None:
         patch_rows = [rows[:patches] for rows, patches in zip(owned, layout.image_lens, strict=True) if patches]
         features = size["features"].reshape(len(patch_rows), case.patches, case.channels or case.width)
         dimages = drows[np.array(patch_rows, np.int64).reshape(len(patch_rows), case.patches)]
         weight = size.get("weight", np.eye(case.width))
-        squares["rows"].append((features @ weight.T + size.get("bias", 0.0) + size["image_positions"]).ravel())
-        squares |= {
+        sizes["rows"].append((features @ weight.T + size.get("bias", 0.0) + size["image_positions"]).ravel())
+        sizes |= {
             "dfeatures": [(dimages @ weight).ravel()],
             "dweight": [np.einsum("jid,jic->dc", dimages, features).ravel()],
             "dbias": [dimages.sum((0, 1))],
             "dimage_positions": [dimages.sum(0).ravel()],
         }
-    flat = {name: np.concatenate(parts) for name, parts in squares.items()}
-    return {name: FLOOR * math.sqrt(np.mean(x**2)) if x.size else 0.0 for name, x in flat.items()}
+    flat = {name: np.concatenate(parts) for name, parts in sizes.items()}
+    return {name: (FLOOR * float(x.max()), FLOOR * math.sqrt(np.mean(x**2))) for name, x in flat.items() if x.size}
 
 
 _MIXED = (True, False, True, True, False)

@@ -166,29 +166,24 @@ def embed_sequence(
 
     A patch or text row that `places` asks for and that does not exist gives 0.
     """
-    width = text.shape[1]
-    # An empty sequence in front: every storage row has an owner then, without a special case for no sequences.
-    places = torch.cat([places.new_zeros(5, 1), places], 1).long()
-    q_starts, q_lens, image_lens, image_index, text_starts = places
-    sources, patches, grid = [text.to(_wide(text))], 0, 0
+    (text_rows, width), wide = text.shape, _wide(text)
+    image_shape = None if features is None else features.shape
+    source = _source_of_each_row(places, image_shape, text_rows, query_len)
+    sources = [text.to(wide), text.new_zeros(1, width, dtype=wide)]
     if features is not None:
-        grid = features.shape[1] * features.shape[2]
-        patches = features.shape[0] * grid
-        sources.append(_project(features, weight, bias, image_positions, image_lens).reshape(patches, width))
-    sources.append(sources[0].new_zeros(1, width))
-
-    shape = rows_shape(
-        features.shape if features is not None else None, text.shape[0], width, places.shape[1] - 1, query_len
-    )
-    row = torch.arange(math.prod(shape[:-1]), device=text.device)
-    owner = torch.searchsorted(q_starts, row, right=True) - 1
-    i = row - q_starts[owner]
-    in_image = i < image_lens[owner]
-    patch, text_row = image_index[owner] * grid + i, text_starts[owner] + i - image_lens[owner]
-    exists = (i < q_lens[owner]) & torch.where(in_image, patch < patches, text_row < text.shape[0])
-    source = torch.where(in_image, text.shape[0] + patch, text_row)
-    source = torch.where(exists, source, text.shape[0] + patches)
-    return torch.cat(sources)[source].to(text.dtype).reshape(shape)
+        x = _of_real_images(features, places)
+        with torch.autocast(text.device.type, enabled=False):
+            if weight is not None:
+                weight = weight.to(wide)
+                # Rounded to the features' dtype for the product; the gradient passes as if it were not.
+                x = x @ (weight + (weight.to(features.dtype).to(wide) - weight).detach()).T
+        if bias is not None:
+            x = x + bias.to(wide)
+        if image_positions is not None:
+            x = x + image_positions.to(wide)
+        sources.append(x.reshape(-1, width))
+    rows = torch.cat(sources)[source].to(text.dtype)
+    return rows.reshape(rows_shape(image_shape, text_rows, width, places.shape[1], query_len))
 
 
 def embed_sequence_backward(
@@ -201,47 +196,51 @@ def embed_sequence_backward(
     query_len: int | None,
     wanted: tuple[bool, bool, bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:
-    """(dfeatures, dweight, dbias, dimage_positions, dtext), None where not wanted: a second forward, differentiated.
+    """(dfeatures, dweight, dbias, dimage_positions, dtext), None where not wanted.
 
-    Parameter gradients are wide (float32, float64 for float64). `features` is None where no one needs its values.
-    Through torch.func, because this runs inside the registered op, below autograd.
+    Parameter gradients are wide (float32, float64 for float64). `features` is None where weight is.
     """
     width, wide = drows.shape[-1], _wide(drows)
-    bias = positions = None
+    source = _source_of_each_row(places, image_shape, text_rows, query_len)
+    patches = math.prod(image_shape[:3]) if image_shape is not None else 0
+    # Every source feeds one row at the most, but for the zero between text and patches, which takes what is nobody's.
+    dsources = drows.new_zeros(text_rows + 1 + patches, width, dtype=wide)
+    dsources[source] = drows.reshape(-1, width).to(wide)
+    grads: list[Tensor | None] = [None, None, None, None, dsources[:text_rows].to(drows.dtype, copy=True)]
     if image_shape is not None:
-        features = drows.new_zeros(image_shape) if features is None else features
-        bias = drows.new_zeros(width, dtype=wide)
-        positions = drows.new_zeros(image_shape[1] * image_shape[2], width, dtype=wide)
-    # Linear in all but features and weight, so zeros serve for the rest; a wide weight keeps its gradient wide.
-    inputs = (features, None if weight is None else weight.to(wide), bias, positions, drows.new_zeros(text_rows, width))
-
-    def rows(*leaves: Tensor) -> Tensor:
-        given = iter(leaves)
-        *of_images, text = (next(given) if want else x for x, want in zip(inputs, wanted, strict=True))
-        assert text is not None
-        return embed_sequence(of_images[0], of_images[1], of_images[2], of_images[3], text, places, query_len)
-
-    _, pull, *_ = torch.func.vjp(rows, *(x for x, want in zip(inputs, wanted, strict=True) if want))
-    grads = iter(pull(drows))
-    return tuple(next(grads) if want else None for want in wanted)
+        dimages = dsources[text_rows + 1 :].reshape(image_shape[0], image_shape[1] * image_shape[2], width)
+        dx = dimages
+        if features is not None and weight is not None:
+            with torch.autocast(drows.device.type, enabled=False):
+                dx = dimages @ weight.to(wide)
+                grads[1] = torch.einsum("bid,bic->dc", dimages, _of_real_images(features, places))
+        grads[0] = dx.reshape(image_shape).to(drows.dtype, copy=True)
+        grads[2], grads[3] = dimages.sum((0, 1)), dimages.sum(0)
+    return tuple(grad if want else None for grad, want in zip(grads, wanted, strict=True))
 
 
-def _project(
-    features: Tensor, weight: Tensor | None, bias: Tensor | None, image_positions: Tensor | None, image_lens: Tensor
+def _source_of_each_row(
+    places: Tensor, image_shape: tuple[int, ...] | None, text_rows: int, query_len: int | None
 ) -> Tensor:
-    """weight · features + bias + image_positions, wide, [Bi, I, D]."""
-    wide = _wide(features)
-    # Images beyond the sequences' own may hold NaN, which times a zero cotangent would reach dweight.
-    real = torch.arange(features.shape[0], device=features.device) < image_lens.clip(0, 1).sum()
-    x = torch.where(real[:, None, None], features.flatten(1, 2).to(wide), 0.0)
-    if weight is not None:
-        weight = weight.to(wide)
-        # Rounded to the features' dtype for the product; the gradient passes as if it were not.
-        weight = weight + (weight.to(features.dtype).to(wide) - weight).detach()
-        x = x @ weight.T
-    if bias is not None:
-        x = x + bias.to(wide)
-    return x if image_positions is None else x + image_positions.to(wide)
+    """int64 for each storage row: its text row, or text_rows for none, or text_rows + 1 + its patch."""
+    batch = places.shape[1]
+    grid, patches = (0, 0) if image_shape is None else (image_shape[1] * image_shape[2], math.prod(image_shape[:3]))
+    # An empty sequence in front: every storage row has an owner then, without a special case for no sequences.
+    places = torch.cat([places.new_zeros(5, 1), places], 1).long()
+    q_starts, q_lens, image_lens, image_index, text_starts = places
+    row = torch.arange(math.prod(rows_shape(image_shape, text_rows, 1, batch, query_len)), device=places.device)
+    owner = torch.searchsorted(q_starts, row, right=True) - 1
+    i = row - q_starts[owner]
+    in_image = i < image_lens[owner]
+    patch, text_row = image_index[owner] * grid + i, text_starts[owner] + i - image_lens[owner]
+    exists = (i < q_lens[owner]) & torch.where(in_image, patch < patches, text_row < text_rows)
+    return torch.where(exists, torch.where(in_image, text_rows + 1 + patch, text_row), text_rows)
+
+
+def _of_real_images(features: Tensor, places: Tensor) -> Tensor:
+    """features, wide, [Bi, I, C]; images beyond the sequences' own may hold NaN, which times 0 would reach dweight."""
+    real = torch.arange(features.shape[0], device=features.device) < places[2].clip(0, 1).sum()
+    return torch.where(real[:, None, None], features.flatten(1, 2).to(_wide(features)), 0.0)
 
 
 def _wide(x: Tensor) -> torch.dtype:

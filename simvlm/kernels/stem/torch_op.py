@@ -90,26 +90,25 @@ def batch_norm_act(
     if mean is None or var is None:
         mean, var = _OPS.batch_norm_statistics(x.detach(), impl)
         if group:
-            mean, var = _combine(*_gather(mean, var, _pixels(x), group))
+            mean, var = (x.to(wide) for x in _statistics_of_all(mean, var, _pixels(x), group))
     constants = mean.detach().to(wide).contiguous(), var.detach().to(wide).contiguous()
     y = _OPS.batch_norm_apply(x, *constants, weight, bias, residual, branch_scale, eps, act, frozen, group, impl)
     return y, mean, var
 
 
-def _combine(means: Tensor, variances: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean, var) of the union of replicas, from theirs [W, C] and their sizes [W, 1]; 0 where nobody has a pixel."""
-    share = pixels / pixels.sum().clamp(min=1)
-    mean = (share * means).sum(0)
-    return mean, (share * (variances + (means - mean).square())).sum(0)
+def _statistics_of_all(mean: Tensor, var: Tensor, pixels: int, group: str) -> tuple[Tensor, Tensor]:
+    """mean and var of all replicas' pixels, from each one's; one collective, in float64 as E[x²] - mean² cancels."""
+    mean, var, one = mean.double(), var.double(), mean.new_ones(1, dtype=torch.float64)
+    total = _all_reduce(pixels * torch.cat([mean, var + mean.square(), one]), group)
+    mean, square = (total[:-1] / total[-1:].clamp(min=1)).chunk(2)
+    return mean, (square - mean.square()).clamp(min=0)
 
 
-def _gather(mean: Tensor, var: Tensor, pixels: int, group: Any) -> Sequence[Tensor]:
-    """Every replica's mean, var and number of pixels, [W, C], [W, C] and [W, 1], in one collective."""
+def _all_reduce(x: Tensor, group: Any) -> Tensor:
+    """The sum over the group; the functional collectives are those that a compiled graph can hold."""
     from torch.distributed import _functional_collectives as collectives
 
-    mine = torch.cat([mean, var, mean.new_full((1,), pixels)])[None]
-    everyone = collectives.all_gather_tensor(mine, 0, group)
-    return everyone.split([mean.numel(), mean.numel(), 1], 1)
+    return collectives.wait_tensor(collectives.all_reduce(x, "sum", group))
 
 
 def embed_sequence(
@@ -274,10 +273,7 @@ def _means(sums: Sequence[Tensor], pixels: int, group: Any) -> Sequence[Tensor]:
     """The sums over the batch's number of pixels, all replicas' in one collective."""
     if not group:
         return [total / max(pixels, 1) for total in sums]
-    from torch.distributed import _functional_collectives as collectives
-
-    mine = torch.cat([*sums, sums[0].new_full((1,), pixels)])
-    total = collectives.wait_tensor(collectives.all_reduce(mine, "sum", group))
+    total = _all_reduce(torch.cat([*sums, sums[0].new_full((1,), pixels)]), group)
     return (total[:-1] / total[-1:].clamp(min=1)).chunk(2)
 
 
