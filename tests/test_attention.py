@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 from simvlm.kernels import PrefixLayout, parity, prefix_attention
 from simvlm.kernels.attention import reference, spec
+from simvlm.kernels.attention import torch_op as _registered  # noqa: F401  opcheck looks the ops up by name
 
 CORE = [case for case in spec.CASES if case.tier == "core"]
 SMALL = [case for case in CORE if sum(case.q_lens) <= 140]
@@ -235,7 +236,7 @@ def test_overlapping_keys_are_read_by_every_owner():
 # ---- torch's view of the op ----------------------------------------------------------------------------------------
 
 
-def _op_arguments(case, grads=True):
+def _op_arguments(case):
     tensors, layout = _leaves(case, "float32"), case.layout().to("cpu")
     arguments = [tensors["q"], tensors["k"], tensors["v"], layout.bounds, tensors.get("rel_bias"), 0.125]
     statics = [layout.is_padded, layout.cross, list(layout.image_grid or ()), layout.max_q_len, layout.max_k_len]
@@ -296,6 +297,9 @@ def test_autocast_casts_qkv_and_not_the_table():
     assert tensors["q"].grad.dtype == torch.float32
     half = {name: x.detach().bfloat16() if name in ("q", "k", "v") else x.detach() for name, x in tensors.items()}
     assert torch.equal(out, spec.call(case, case.layout(), half, "cpp")[0])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        from_reference = spec.call(case, case.layout(), half, "reference")
+    torch.testing.assert_close(from_reference[1], spec.call(case, case.layout(), half, "reference")[1])
     rounded = half | {"rel_bias": half["rel_bias"].bfloat16().float()}
     assert not torch.equal(lse, spec.call(case, case.layout(), rounded, "cpp")[1])
 

@@ -112,7 +112,7 @@ REFUSED = {
     "unknown impl": (
         attend(impl="tritn"),
         ValueError,
-        r"impl must be one of \['triton', 'cpp', 'reference'\] for torch arrays, got 'tritn'; did you mean 'triton'\?",
+        r"impl must be one of \['cpp', 'triton', 'reference'\] for torch arrays, got 'tritn'; did you mean 'triton'\?",
     ),
     "impl of another family": (
         attend(impl="pallas"),

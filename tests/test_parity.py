@@ -7,8 +7,13 @@ import pytest
 from simvlm.kernels import dispatch, implementations, parity
 from simvlm.kernels.attention import cpp_cpu
 from simvlm.kernels.attention import spec as attention_spec
+from simvlm.kernels.stem import batch_norm_spec, embed_spec
 
-SPECS = {"prefix_attention": attention_spec}
+SPECS = {
+    "prefix_attention": attention_spec,
+    "batch_norm_act": batch_norm_spec,
+    "embed_sequence": embed_spec,
+}
 CPU_LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
 
 # Triton's interpreter needs some 3 ms a tile and gets bfloat16 wrong; XLA compiles every shape anew.

@@ -30,6 +30,13 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, rel_bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) as `prefix_attention` documents them."""
+    with torch.autocast(q.device.type, enabled=False):  # its products would be rounded to 16 bits
+        return _forward(q, k, v, layout, rel_bias, scale)
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, rel_bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     bounds = torch.as_tensor(layout.bounds, device=q.device).long()
     _, q_lens, _, k_lens, prefix_lens, q_offsets, image_lens = (row[:, None] for row in bounds)

@@ -4,8 +4,8 @@ from simvlm.kernels.dispatch import Impl
 
 _ROOM = "simvlm.kernels.attention"
 IMPLS = (
-    Impl("triton", "torch", f"{_ROOM}.triton_gpu"),
     Impl("cpp", "torch", f"{_ROOM}.cpp_cpu"),
+    Impl("triton", "torch", f"{_ROOM}.triton_gpu"),  # after cpp: its interpreter would take CPU tensors too, slowly
     Impl("reference", "torch", f"{_ROOM}.reference"),
     Impl("xla", "jax", f"{_ROOM}.xla"),
     Impl("cpp", "numpy", f"{_ROOM}.cpp_cpu"),
