@@ -87,7 +87,9 @@ def test_pickle_and_pytrees():
         leaves, spec = flatten(layout)
         back = unflatten(leaves, spec)
         assert len(leaves) == 1
-        assert (back.image_grid, back.max_q_len, back.q_rows) == (layout.image_grid, layout.max_q_len, layout.q_rows)
+        assert (back.image_grid, back.max_q_len, back.at_origin) == (layout.image_grid, layout.max_q_len, True)
+        # The rows in use change with every batch: as a static part they would compile every program anew.
+        assert (back.q_rows, back.k_rows) == (0, 0)
 
 
 def test_traced_lengths_under_jit_compile_once():

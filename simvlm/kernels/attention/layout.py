@@ -38,6 +38,7 @@ class PrefixLayout:
         cross: the keys are another sequence than the queries' own (bidirectional, no table).
         q_rows, k_rows: storage rows that a packed tensor must have at the least; 0 where unknown (device lengths).
         keys_ascend: key ranges ascend without overlap, which gradients to k and v need.
+        at_origin: no q_offsets were given, so every sequence's first query is known to stand at key 0.
     """
 
     bounds: Any
@@ -49,6 +50,7 @@ class PrefixLayout:
     q_rows: int = 0
     k_rows: int = 0
     keys_ascend: bool = True
+    at_origin: bool = False
 
     def __post_init__(self) -> None:
         _register_pytrees()
@@ -119,6 +121,7 @@ class PrefixLayout:
             max_q_len=bucket(query_len),
             max_k_len=bucket(key_len),
             cross=cross,
+            at_origin=q_offsets is None,
         )
 
     @classmethod
@@ -191,6 +194,7 @@ class PrefixLayout:
             q_rows=q_rows,
             k_rows=k_rows,
             keys_ascend=keys_ascend,
+            at_origin=q_offsets is None,
         )
 
     def to(self, device: Any) -> PrefixLayout:
@@ -379,7 +383,10 @@ def _traced_or_remote(array: Any) -> bool:
     return isinstance(array, jax.core.Tracer) or any(device.platform != "cpu" for device in array.devices())
 
 
-_STATIC = tuple(field.name for field in dataclasses.fields(PrefixLayout) if field.name != "bounds")
+# Lengths change with every batch; as static parts of a pytree they would compile every program anew, so q_rows and
+# k_rows come out of one as 0 (unknown).
+_CHANGING = ("q_rows", "k_rows")
+_STATIC = tuple(field.name for field in dataclasses.fields(PrefixLayout) if field.name not in ("bounds", *_CHANGING))
 _registered: set[str] = set()
 
 
@@ -389,7 +396,7 @@ def _register_pytrees() -> None:
         _registered.add("jax")
         import jax
 
-        jax.tree_util.register_dataclass(PrefixLayout, data_fields=["bounds"], meta_fields=list(_STATIC))
+        jax.tree_util.register_dataclass(PrefixLayout, ["bounds"], list(_STATIC), drop_fields=_CHANGING)
     if sys.modules.get("torch") and "torch" not in _registered:
         _registered.add("torch")
         from torch.utils import _pytree

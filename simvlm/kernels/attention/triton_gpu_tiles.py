@@ -1,0 +1,179 @@
+"""Device functions that every pass of the Triton kernels shares: a sequence's bounds, its rows, their products.
+
+A tensor reaches a kernel as (pointer, batch stride, row stride, head stride), and one head of one sequence of it is
+(pointer to the first row, row stride).
+
+A row of H numbers is a pair of tiles, W columns and W2 more, because the sides of a tile are powers of two: 80 is
+64 + 16 and costs 80, not 128. WIDTHS is (H, W, W2); with W2 = 0 the second tile is a placeholder.
+"""
+
+# mypy: disallow-untyped-defs=False
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def locate(tiles, heads):
+    """(tile, head, sequence) of this program, one of tiles × heads × batch on the first axis of the grid."""
+    program = tl.program_id(0)
+    return program % tiles, program // tiles % heads, program // tiles // heads
+
+
+@triton.jit
+def bounds_of(bounds, b, batch):
+    """(q_start, q_len, k_start, k_len, prefix_len, q_offset, image_len) of sequence b."""
+    return (
+        tl.load(bounds + b),
+        tl.load(bounds + batch + b),
+        tl.load(bounds + 2 * batch + b),
+        tl.load(bounds + 3 * batch + b),
+        tl.load(bounds + 4 * batch + b),
+        tl.load(bounds + 5 * batch + b),
+        tl.load(bounds + 6 * batch + b),
+    )
+
+
+@triton.jit
+def rows_of(x, start, b, n, PADDED: tl.constexpr):
+    """Head n of sequence b, which begins at storage row `start`; a padded tensor's batch axis has its own stride."""
+    head = x[0] + n.to(tl.int64) * x[3]
+    if PADDED:
+        return head + tl.cast(b, tl.int64) * x[1], x[2]
+    else:
+        return head + start.to(tl.int64) * x[2], x[2]
+
+
+@triton.jit
+def owned_rows(starts, start, b, batch, rows, PADDED: tl.constexpr):
+    """Rows from this sequence's start up to the next one's: what its programs must write, zeros where no token is."""
+    if PADDED:
+        return rows
+    else:
+        end = rows
+        if b + 1 < batch:
+            end = tl.load(starts + b + 1)
+        return end - start
+
+
+@triton.jit
+def _pointers(x, start, columns, BLOCK: tl.constexpr):
+    # 64 bits for the tile's place, 32 inside it, which saves registers; the launcher sees that row strides allow it.
+    inside = tl.arange(0, BLOCK)[:, None] * x[1] + columns[None, :]
+    return x[0] + tl.cast(start, tl.int64) * x[1] + inside
+
+
+@triton.jit
+def _load(x, start, columns, mask, WITHIN: tl.constexpr, MASKED: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr):
+    pointers = _pointers(x, start, columns, BLOCK)
+    if WITHIN and MASKED:
+        return tl.load(pointers, mask=mask[:, None], other=0.0)
+    elif WITHIN:
+        return tl.load(pointers)
+    elif MASKED:
+        return tl.load(pointers, mask=mask[:, None] & (columns < H)[None, :], other=0.0)
+    else:
+        return tl.load(pointers, mask=(columns < H)[None, :], other=0.0)
+
+
+@triton.jit
+def load_rows(x, start, mask, MASKED: tl.constexpr, BLOCK: tl.constexpr, WIDTHS: tl.constexpr):
+    """BLOCK rows from `start` on, a pair; zero past column H and, if MASKED, in rows where `mask` is false."""
+    H: tl.constexpr = WIDTHS[0]
+    W: tl.constexpr = WIDTHS[1]
+    W2: tl.constexpr = WIDTHS[2]
+    low = _load(x, start, tl.arange(0, W), mask, W <= H, MASKED, H, BLOCK)
+    if W2 > 0:
+        return low, _load(x, start, W + tl.arange(0, W2), mask, W + W2 <= H, MASKED, H, BLOCK)
+    else:
+        return low, 0.0
+
+
+@triton.jit
+def store_rows(x, start, tiles, mask, BLOCK: tl.constexpr, WIDTHS: tl.constexpr):
+    """Writes a pair of tiles to BLOCK rows from `start` on where `mask` is true, rounded once to x's dtype."""
+    H: tl.constexpr = WIDTHS[0]
+    W: tl.constexpr = WIDTHS[1]
+    W2: tl.constexpr = WIDTHS[2]
+    columns = tl.arange(0, W)
+    low = tiles[0].to(x[0].dtype.element_ty)
+    tl.store(_pointers(x, start, columns, BLOCK), low, mask=mask[:, None] & (columns < H)[None, :])
+    if W2 > 0:
+        columns = W + tl.arange(0, W2)
+        high = tiles[1].to(x[0].dtype.element_ty)
+        tl.store(_pointers(x, start, columns, BLOCK), high, mask=mask[:, None] & (columns < H)[None, :])
+
+
+@triton.jit
+def zeros(BLOCK: tl.constexpr, WIDTHS: tl.constexpr):
+    """A pair of float32 tiles."""
+    W: tl.constexpr = WIDTHS[1]
+    W2: tl.constexpr = WIDTHS[2]
+    low = tl.zeros([BLOCK, W], tl.float32)
+    if W2 > 0:
+        return low, tl.zeros([BLOCK, W2], tl.float32)
+    else:
+        return low, 0.0
+
+
+@triton.jit
+def scaled(tiles, factor, WIDTHS: tl.constexpr):
+    """The pair times `factor`."""
+    if WIDTHS[2] > 0:
+        return tiles[0] * factor, tiles[1] * factor
+    else:
+        return tiles[0] * factor, 0.0
+
+
+@triton.jit
+def zero_where_not(mask, tiles, WIDTHS: tl.constexpr):
+    """The pair with zeros in the rows where `mask` is false, whatever they held."""
+    if WIDTHS[2] > 0:
+        return tl.where(mask[:, None], tiles[0], 0.0), tl.where(mask[:, None], tiles[1], 0.0)
+    else:
+        return tl.where(mask[:, None], tiles[0], 0.0), 0.0
+
+
+@triton.jit
+def products(a, b, WIDTHS: tl.constexpr, PRECISION: tl.constexpr):
+    """<a_i, b_j> of every row i of a and j of b, float32."""
+    result = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION)
+    if WIDTHS[2] > 0:
+        result = tl.dot(a[1], tl.trans(b[1]), result, input_precision=PRECISION)
+    return result
+
+
+@triton.jit
+def add_mix(sums, weights, rows, WIDTHS: tl.constexpr, PRECISION: tl.constexpr):
+    """sums + weights · rows: weights rounded to the rows' dtype, sums float32."""
+    weights = weights.to(rows[0].dtype)
+    low = tl.dot(weights, rows[0], sums[0], input_precision=PRECISION)
+    if WIDTHS[2] > 0:
+        return low, tl.dot(weights, rows[1], sums[1], input_precision=PRECISION)
+    else:
+        return low, 0.0
+
+
+@triton.jit
+def bias2(table, position, key, image_len, GRID: tl.constexpr):
+    """log2(e) times one head's table at `position` × `key`, which broadcast; 0 where either is no patch.
+
+    The entry's index in the flattened table is flat(key) - flat(position) + centre, flat(x) = row(x)·(2Gw-1) + col(x).
+    """
+    GW: tl.constexpr = GRID[1]
+    SPAN: tl.constexpr = 2 * GRID[1] - 1
+    CENTRE: tl.constexpr = (GRID[0] - 1) * SPAN + GW - 1
+    flat_position = position // GW * SPAN + position % GW
+    flat_key = key // GW * SPAN + key % GW
+    inside = (position < image_len) & (key < image_len)
+    return tl.load(table + (flat_key - flat_position + CENTRE), mask=inside, other=0.0) * LOG2E
+
+
+@triton.jit
+def head_table(table, n, GRID: tl.constexpr):
+    """Pointer to head n's table."""
+    return table + n.to(tl.int64) * ((2 * GRID[0] - 1) * (2 * GRID[1] - 1))
