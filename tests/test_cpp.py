@@ -76,6 +76,14 @@ def test_a_levels_object_defines_no_weak_symbol_outside_its_namespace():
             assert kind.islower() or symbol.startswith(f"simvlm::{name}::"), f"{name} exports {symbol}"
 
 
+def test_the_module_links_the_c_and_cpp_runtimes_alone():
+    """No torch: one build serves every torch version."""
+    listing = subprocess.run(["readelf", "-d", _cpp.__file__], capture_output=True, text=True, check=True).stdout
+    linked = set(re.findall(r"NEEDED.*\[([\w+]+)", listing))
+    assert "libc" in linked
+    assert linked <= {"libc", "libm", "libstdc++", "libgcc_s", "ld"}
+
+
 def test_exp_is_within_its_bound(level):
     """Through the op: with one key of score 0 and one of score -x, lse - log1p(e^-x) shows e^-x's error."""
     x = np.concatenate([np.linspace(0, 87, 20001), np.geomspace(1e-6, 87, 20001)]).astype(np.float32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from simvlm.kernels import dispatch, implementations, parity
@@ -40,20 +42,23 @@ def _tiles(case) -> int:
 
 
 def _cases():
+    """Case by case and dtype by dtype, so that truth and yardstick are computed once for all implementations."""
     for op, spec in SPECS.items():
-        for status in implementations(op):
-            for variant in _variants(status):
-                for case in spec.CASES:
-                    for dtype in _dtypes(spec, status.family, status.name, case):
-                        yield pytest.param(
-                            spec,
-                            case,
-                            status,
-                            variant,
-                            dtype,
-                            id=f"{op}/{status.family}/{variant}/{dtype}/{case.name}",
-                            marks=[pytest.mark.full] if case.tier == "full" else [],
-                        )
+        statuses = implementations(op)
+        for case, dtype in itertools.product(spec.CASES, spec.DTYPES):
+            for status in statuses:
+                if dtype not in _dtypes(spec, status.family, status.name, case):
+                    continue
+                for variant in _variants(status):
+                    yield pytest.param(
+                        spec,
+                        case,
+                        status,
+                        variant,
+                        dtype,
+                        id=f"{op}/{status.family}/{variant}/{dtype}/{case.name}",
+                        marks=[pytest.mark.full] if case.tier == "full" else [],
+                    )
 
 
 @pytest.fixture

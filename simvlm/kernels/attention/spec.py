@@ -24,6 +24,8 @@ RATIO_MAX = {"float32": 3.0, "bfloat16": 3.0, "float16": 3.0}
 RATIO_RMS = {"float32": 2.0, "bfloat16": 1.25, "float16": 1.25}
 FLOOR = 2.0**-22
 """times the rms (the largest) of the same formula with every term replaced by its absolute value."""
+SCORE = 2.0**-24
+"""times the formula with P replaced by P·(scale·Σ|q||k| + |bias|): a score's own rounding, which the softmax passes on."""
 UNIT = {"float32": 2.0**-21, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 """times the same with dS replaced by P·|dout·out|: the gradients' second floor. A flash backward subtracts
 delta = <dout, out> with out as it is stored, so one rounding of out is shared by all dS of a row; the unfused yardstick
@@ -204,14 +206,15 @@ def floors(case: Case, inputs: dict[str, np.ndarray], dtype: str) -> dict[str, t
             dp, out = do @ vb.T, p @ vb
             delta = (p * dp).sum(-1) - dlse[queries, n]
             stored = np.sqrt(((do * out) ** 2).sum(-1))
-            ds = p * (FLOOR * (np.abs(dp) + np.abs(delta)[:, None]) + UNIT[dtype] * stored[:, None])
-            size = p * (scale * np.abs(qb) @ np.abs(kb).T + np.abs(bias))
+            size = scale * np.abs(qb) @ np.abs(kb).T + np.abs(bias)
+            p_error = p * (FLOOR + SCORE * size)
+            ds = p_error * (np.abs(dp) + np.abs(delta)[:, None]) + p * UNIT[dtype] * stored[:, None]
             lse = np.where(total > 0, np.log(np.maximum(total, 1e-300)) + top, 0.0)[:, 0]
-            parts["out"].append(FLOOR * p @ np.abs(vb))
-            parts["lse"].append(FLOOR * (size.sum(-1) + np.abs(lse)))
+            parts["out"].append(p_error @ np.abs(vb))
+            parts["lse"].append(FLOOR * ((p * size).sum(-1) + np.abs(lse)))
             parts["dq"].append(scale * ds @ np.abs(kb))
             parts["dk"].append(scale * ds.T @ np.abs(qb))
-            parts["dv"].append(FLOOR * p.T @ np.abs(do))
+            parts["dv"].append(p_error.T @ np.abs(do))
             if dtable is not None and bias_index is not None:
                 np.add.at(dtable[n], (rows[inside], cols[inside]), ds[inside])
     if dtable is not None:
