@@ -1,0 +1,137 @@
+"""What a result was measured on, and the three things asked of the machine: time, memory, and how fast it is today."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib.metadata
+import os
+import platform
+import re
+import statistics
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.contest import Timer, wall_clock
+from simvlm.kernels import OPS, implementations
+
+ROOT = Path(__file__).resolve().parent.parent
+YARDSTICK = 2048
+"""Side of the plain matrix product that says what this machine does in this dtype at this moment."""
+
+
+def slug(device: str) -> str:
+    """The name of a results folder: `cpu-amd-epyc-2core`, `gpu-nvidia-h100-80gb-hbm3`."""
+    if device == "cuda":
+        return f"gpu-{_dashed(torch.cuda.get_device_name())}"
+    return f"cpu-{_dashed(cpu_model())}-{os.cpu_count()}core"
+
+
+def _dashed(name: str) -> str:
+    name = re.sub(r"\((r|tm)\)|@.*|\b\d+-core\b|\b(processor|cpu)\b", " ", name.lower())
+    return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+
+
+def cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def facts(device: str) -> dict[str, Any]:
+    """Device, processor, threads, versions and implementations. No host name: results are public."""
+    return {
+        "slug": slug(device),
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu_model(),
+        "cpu": {"model": cpu_model(), "cores": os.cpu_count(), "capability": torch.backends.cpu.get_cpu_capability()},
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "versions": _versions(device),
+        "implementations": {
+            op: {f"{status.name} ({status.family})": status.reason or "available" for status in implementations(op)}
+            for op in OPS
+        },
+    }
+
+
+def _versions(device: str) -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in ("simvlm", "torch", "triton", "numpy"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if device == "cuda":
+        versions["cuda"] = str(torch.version.cuda)
+    return versions
+
+
+def commit() -> dict[str, Any]:
+    """The commit that was measured, and whether files under version control differ from it."""
+
+    def git(*arguments: str) -> str | None:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    return {"id": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+
+
+def timer(device: str) -> Timer:
+    """How one call is timed: wall clock on a CPU, events on the stream (launches included) on a GPU."""
+    return _events if device == "cuda" else wall_clock
+
+
+def _events(call: Callable[[], Any]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def matmul_gflops(dtype: torch.dtype, device: str, repeats: int) -> float:
+    """GFLOP/s of a plain square matrix product, median of a few."""
+    a, b = (torch.ones(YARDSTICK, YARDSTICK, dtype=dtype, device=device) for _ in range(2))
+    time_call = timer(device)
+    time_call(lambda: a @ b)
+    return 2e-9 * YARDSTICK**3 / statistics.median(time_call(lambda: a @ b) for _ in range(repeats))
+
+
+def peak_extra_mib(call: Callable[[], Any], device: str) -> float | None:
+    """MiB that a warm call adds at its peak, results included; None where it cannot be measured.
+
+    GPU: torch's allocator, `max_memory_allocated`. CPU: resident memory of the whole process, so that scratch outside
+    torch's allocator counts too: the high-water mark, reset just before the call, less what was resident then.
+    """
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before_mib = torch.cuda.memory_allocated() / 2**20
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() / 2**20 - before_mib
+    try:
+        # Pages that malloc keeps would be used again and not counted.
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before_mib = _resident_mib("VmRSS")
+        call()
+        return max(0.0, _resident_mib("VmHWM") - before_mib)
+    except (OSError, AttributeError):
+        return None
+
+
+def _resident_mib(field: str) -> float:
+    status = Path("/proc/self/status").read_text()
+    found = re.search(rf"^{field}:\s*(\d+) kB", status, re.MULTILINE)
+    if found is None:
+        raise OSError(f"/proc/self/status has no {field}")
+    return int(found[1]) / 1024

@@ -1,0 +1,238 @@
+"""From a result's JSON: a table on the console, a Markdown page, a plot. Measures nothing.
+
+`python -m benchmarks.render FILE.json` renders a result anew.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import plot
+from benchmarks.machine import YARDSTICK
+from benchmarks.plot import DIRECTIONS, number
+
+Report = dict[str, Any]
+Row = dict[str, Any]
+
+NOTHING = "—"
+
+
+def write(report: Report, folder: Path, op: str, console: Console | None = None) -> None:
+    """Writes <folder>/<op>.json, .md and .png, and prints the tables."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{op}.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    (folder / f"{op}.md").write_text(markdown(report, op))
+    plot.draw(report, op, folder / f"{op}.png")
+    console = console or Console(width=None if sys.stdout.isatty() else 110)
+    for table in console_tables(report, op):
+        console.print(table)
+    for refusal in refusals(report):
+        console.print(f"no time: {refusal}", markup=False, highlight=False)
+    console.print(f"written: {folder / op}.json, .md, .png", markup=False, highlight=False, soft_wrap=True)
+
+
+def contests(report: Report) -> list[dict[str, Any]]:
+    return [benchmark["extra_info"] for benchmark in report["benchmarks"]]
+
+
+def contestants(report: Report) -> dict[str, Row]:
+    """name → one of its rows, in the order in which the report first names them."""
+    found: dict[str, Row] = {}
+    for contest in contests(report):
+        for row in contest["rows"]:
+            found.setdefault(row["name"], row)
+    return found
+
+
+# Column: heading, and how a row fills it. Console and Markdown share them.
+COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("median ms", lambda row: number(row["median_ms"])),
+    ("p20–p80", lambda row: f"{number(row['p20_ms'])}–{number(row['p80_ms'])}"),
+    ("× ours", lambda row: ratio(row["ratio"])),
+    ("per round", lambda row: ratio(row["ratio_per_round"])),
+    ("GFLOP/s", lambda row: number(row["gflops"])),
+    ("GB/s", lambda row: number(row["gbytes_per_s"])),
+    ("extra MiB", lambda row: NOTHING if row["peak_extra_mib"] is None else f"{row['peak_extra_mib']:.1f}"),
+    ("first call s", lambda row: f"{row['first_call_s']:.2g}"),
+    ("error", lambda row: NOTHING if row["error"] is None else f"{row['error']:.1e}"),
+)
+CONSOLE = ("median ms", "p20–p80", "× ours", "GFLOP/s", "GB/s", "extra MiB")
+
+
+def ratio(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.2f}"
+
+
+def console_tables(report: Report, op: str) -> Iterable[Table]:
+    """The rows of every contest, then ours against the strongest peer of each, in 80 columns where names allow."""
+    detail = Table(title=f"{op} on {report['machine_info']['device']}", title_justify="left", box=box.SIMPLE_HEAD)
+    detail.add_column("contestant (* computes less)", no_wrap=True)
+    shown = [(heading, fill) for heading, fill in COLUMNS if heading in CONSOLE]
+    for heading, _ in shown:
+        detail.add_column(heading, justify="right", no_wrap=True)
+    for contest in contests(report):
+        detail.add_section()
+        detail.add_row(f"[bold]{title(contest)}[/bold]")
+        for row in contest["rows"]:
+            style = {"ours": "bold cyan", "bound": "dim", "reference": "dim"}.get(row["kind"])
+            if row["reason"]:
+                detail.add_row(row["name"], NOTHING, style=style)
+            else:
+                star = "*" if row["kind"] == "bound" else ""
+                detail.add_row(row["name"] + star, *(fill(row) for _, fill in shown), style=style)
+    yield detail
+    summary = Table(title=f"{op}: ours and the strongest peer", title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in ("case", "ours ms", "GFLOP/s", "matmul", "strongest peer", "its time ÷ ours"):
+        summary.add_column(heading, justify="left" if heading in ("case", "strongest peer") else "right", no_wrap=True)
+    for contest in contests(report):
+        peers = [row for row in contest["rows"] if row["kind"] == "peer" and row.get("ratio")]
+        best = min(peers, key=lambda row: row["ratio"], default=None)
+        style = None if best is None else "green" if best["ratio"] >= 1 else "red"
+        summary.add_row(
+            title(contest),
+            *summary_cells(contest, report)[3:6],
+            *((best["name"], ratio(best["ratio"])) if best else (NOTHING, NOTHING)),
+            style=style,
+        )
+    yield summary
+
+
+def title(contest: dict[str, Any]) -> str:
+    return f"{contest['case']}, {contest['dtype']}, {DIRECTIONS[contest['direction']]}"
+
+
+def refusals(report: Report) -> Iterable[str]:
+    """Why rows have no time, each reason once, with where it applies (the Markdown page has all of them)."""
+    where: dict[tuple[str, str], list[str]] = {}
+    for contest in contests(report):
+        for row in contest["rows"]:
+            if row["reason"]:
+                where.setdefault((row["name"], row["reason"]), []).append(title(contest))
+    for (name, reason), found in where.items():
+        places = "; ".join(found) if len(found) < 4 else f"{len(found)} of {len(contests(report))} contests"
+        yield f"{name}, {places}: {reason}"
+
+
+def cells(row: Row) -> list[str]:
+    """Contestant, the columns, note."""
+    notes = ["computes less" if row["kind"] == "bound" else "", row["reason"] or ""]
+    filled = [NOTHING] * len(COLUMNS) if row["reason"] else [fill(row) for _, fill in COLUMNS]
+    return [row["name"], *filled, "; ".join(note for note in notes if note)]
+
+
+def summary_headings(report: Report) -> list[str]:
+    rivals = [name for name, row in contestants(report).items() if row["kind"] != "ours"]
+    return ["case", "dtype", "direction", "ours ms", "ours GFLOP/s", "matmul GFLOP/s", *rivals]
+
+
+def summary_cells(contest: dict[str, Any], report: Report) -> list[str]:
+    rows = {row["name"]: row for row in contest["rows"]}
+    base = rows.get(contest["baseline"] or "")
+    rivals = [rows.get(name) for name in summary_headings(report)[6:]]
+    return [
+        contest["case"],
+        contest["dtype"],
+        DIRECTIONS[contest["direction"]],
+        number(base["median_ms"]) if base else "red",
+        number(base["gflops"]) if base else NOTHING,
+        f"{min(contest['matmul_gflops']):.0f}–{max(contest['matmul_gflops']):.0f}",
+        *(_summary_ratio(row) for row in rivals),
+    ]
+
+
+def _summary_ratio(row: Row | None) -> str:
+    """Bold where we lose to somebody who does the same work."""
+    if row is None:
+        return ""
+    if row["reason"] or row["ratio"] is None:
+        return NOTHING
+    if row["kind"] == "bound":
+        return f"{row['ratio']:.2f}*"
+    return f"**{row['ratio']:.2f}**" if row["ratio"] < 1 else f"{row['ratio']:.2f}"
+
+
+def markdown(report: Report, op: str) -> str:
+    """The page beside the JSON."""
+    first = contests(report)[0]
+    machine, commit = report["machine_info"], report["commit_info"]
+    dirty = " with uncommitted changes" if commit["dirty"] else ""
+    baselines = sorted({contest["baseline"] or "none" for contest in contests(report)})
+    lines = [
+        f"# `{op}` on {machine['device']}",
+        "",
+        f"Written by `{report['command']}`; change nothing by hand.",
+        *([] if not report["quick"] else ["", "**Made with `--quick`: few rounds, a look and not a result.**"]),
+        *([] if baselines != ["simvlm reference"] else ["", "**No kernel of ours runs here: ours is the reference.**"]),
+        "",
+        f"![time of each contestant divided by ours]({op}.png)",
+        "",
+        "## How to read this",
+        "",
+        f"* Ours is {' or '.join(f'`{name}`' for name in baselines)}, called through the public function. Before "
+        "anything is timed it must meet its error budget on the case itself, outputs and gradients.",
+        "* **× ours** is a contestant's median time divided by ours: above 1 it is slower than ours, **bold** below 1. "
+        "**per round** is the median of the ratios within each round. The contestants of a case run interleaved, once "
+        "a round each, in an order that changes every round.",
+        "* The machine is shared and noisy: ratios mean something, absolute times little. **matmul** is what a plain "
+        f"{YARDSTICK}³ matrix product reached just before and just after the contest.",
+        "* Rows marked * (computes less) leave mask and bias out: a bound for what could be reached, no rival.",
+        f"* **GFLOP/s**: {_formula(first['flops_formula'])} The same count for every contestant, whatever it does.",
+        f"* **GB/s**: {_formula(first['bytes_formula'])} The same count for every contestant.",
+        "* **extra MiB**: resident memory of the process at its peak during one warm call, less what was resident "
+        "before, results included (GPU: torch's allocator). **first call** includes compilation.",
+        "* **error**: rms of the output's error against the reference in float64, divided by the output's rms.",
+        "",
+        "## Ratios at a glance",
+        "",
+        *_table(summary_headings(report), [summary_cells(contest, report) for contest in contests(report)], left=3),
+        "",
+        "## Contestants",
+        "",
+        *(f"* **{name}**: {row['what']}." for name, row in contestants(report).items() if row.get("what")),
+    ]
+    for case, shape in {contest["case"]: contest["shape"] for contest in contests(report)}.items():
+        lines += ["", f"## {case}", "", f"{shape}."]
+        for contest in contests(report):
+            if contest["case"] != case:
+                continue
+            rounds = max((row["rounds"] for row in contest["rows"] if not row["reason"]), default=0)
+            lines += ["", f"### {title(contest)} ({rounds} rounds)", ""]
+            headings = ["contestant", *(heading for heading, _ in COLUMNS), "note"]
+            lines += _table(headings, [cells(row) for row in contest["rows"]], left=1)
+    implementations = machine["implementations"].get(op, {})
+    lines += [
+        "",
+        "## Where and when",
+        "",
+        f"* {machine['device']}; processor {machine['cpu']['model']}, {machine['cpu']['cores']} cores, "
+        f"{machine['cpu']['capability']}; {machine['threads']} threads; {machine['system']}",
+        f"* {', '.join(f'{name} {version}' for name, version in machine['versions'].items())}",
+        f"* commit {commit['id']}{dirty}, {report['datetime'][:16].replace('T', ' ')} UTC",
+        *(f"* {name}: {state}" for name, state in implementations.items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _formula(sentence: str) -> str:
+    return sentence[:1].lower() + sentence[1:]
+
+
+def _table(headings: list[str], rows: list[list[str]], left: int) -> list[str]:
+    """Markdown, the first `left` columns and the notes aligned left."""
+    rule = ["---" if index < left or heading == "note" else "---:" for index, heading in enumerate(headings)]
+    # A bar inside a cell (an error message) would end it.
+    return [f"| {' | '.join(cell.replace('|', '∣') for cell in row)} |" for row in (headings, rule, *rows)]
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        path = Path(argument)
+        write(json.loads(path.read_text()), path.parent, path.stem)

@@ -1,0 +1,248 @@
+"""The benchmark suite itself: its statistics on a scripted clock, its contestants on tiny cases, its three files."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import bench_attention, machine, record
+from benchmarks.attention_peers import PEERS, Peer, Problem
+from benchmarks.contest import Contest, Contestant, Stopwatch, order, quantile, rounds_within
+from simvlm.kernels.attention import spec
+from simvlm.kernels.attention.spec import Case
+
+ROOT = Path(__file__).parent.parent
+
+TINY = (
+    Case(
+        name="padded_table",
+        q_lens=(22, 17, 14),
+        prefix_lens=(15, 3, 14),
+        image_grid=(3, 4),
+        has_image=(True, False, True),
+        padded=(22, 22),
+        head_dim=16,
+    ),
+    Case(name="packed_table", q_lens=(20, 30), prefix_lens=(14, 13), image_grid=(3, 4), head_dim=16),
+    Case(name="packed_causal", q_lens=(5, 1, 9), prefix_lens=0, head_dim=16),
+    Case(name="packed_cross", q_lens=(5, 1, 9), k_lens=(7, 7, 7), cross=True, head_dim=16),
+    Case(name="decode", q_lens=(1, 1), k_lens=(9, 9), q_offsets=8, prefix_lens=0, padded=(1, 9), head_dim=16),
+)
+
+
+@pytest.mark.parametrize("n", range(1, 9))
+def test_order_balances_places_and_neighbours(n: int) -> None:
+    rounds = [order(n, number) for number in range(2 * n)]
+    places = Counter(pair for row in rounds for pair in enumerate(row))
+    neighbours = Counter(pair for row in rounds for pair in itertools.pairwise(row))
+    assert set(places.values()) == {2}
+    assert len(places) == n * n
+    assert set(neighbours.values()) <= {2}
+    assert len(neighbours) == n * (n - 1)
+
+
+def scripted(seconds: dict[str, list[float]], log: list[str]) -> tuple[list[Contestant], Any]:
+    """Contestants whose calls take the written seconds, one after the other."""
+    left = {name: iter(values) for name, values in seconds.items()}
+
+    def call(name: str) -> str:
+        log.append(name)
+        return name
+
+    contestants = [Contestant(name=name, what="", kind="peer", call=lambda name=name: call(name)) for name in seconds]
+    return contestants, lambda call: next(left[call()])
+
+
+def test_statistics_of_interleaved_rounds() -> None:
+    log: list[str] = []
+    seconds = {"ours": [9.0, 0.5, 1.0, 2.0, 4.0], "peer": [5.0, 0.5, 2.0, 8.0, 4.0], "other": [1.0, 1.0, 3.0, 3.0, 3.0]}
+    contestants, timer = scripted(seconds, log)
+    watch = Stopwatch()
+    contest = Contest(contestants, "ours", timer=timer, stopwatch=watch)
+    assert contest.warm_up() == 0.5 + 0.5 + 1.0
+    assert watch.read() == 0.0
+    log.clear()
+    for _ in range(3):
+        contest.round()
+    names = list(seconds)
+    assert log == [names[place] for number in range(3) for place in order(3, number)]
+    assert watch.read() == 1.0 + 2.0 + 4.0
+    timings = contest.timings()
+    ours, peer = timings["ours"], timings["peer"]
+    assert (ours.rounds, ours.first_call_s, ours.median_ms, ours.ratio, ours.ratio_per_round) == (3, 9.0, 2000, 1, 1)
+    assert (peer.median_ms, peer.ratio, peer.ratio_per_round) == (4000, 2.0, 2.0)
+    assert timings["other"].ratio == 1.5
+    assert timings["other"].ratio_per_round == 1.5  # of 3, 1.5 and 0.75
+    assert ours.p20_ms == pytest.approx(1e3 * np.quantile([1.0, 2.0, 4.0], 0.2))
+    assert ours.p80_ms == pytest.approx(1e3 * np.quantile([1.0, 2.0, 4.0], 0.8))
+
+
+def test_quantile_of_one_value_and_bounds_on_rounds() -> None:
+    assert quantile([3.0], 0.8) == 3.0
+    assert rounds_within(4.0, 0.1, 8, 100) == 40
+    assert rounds_within(4.0, 9.0, 8, 100) == 8
+    assert rounds_within(4.0, 0.0, 8, 100) == 100
+
+
+def broken(name: str = "broken") -> Contestant:
+    def fail() -> None:
+        raise RuntimeError("\nno kernel in /home/someone/cache/x.py\nmore")
+
+    return Contestant(name=name, what="", kind="peer", call=fail)
+
+
+def test_a_peer_that_fails_leaves_and_the_baseline_raises() -> None:
+    contestants, timer = scripted({"ours": [1.0] * 5}, [])
+    contest = Contest([*contestants, broken()], "ours", timer=timer)
+    contest.warm_up()
+    contest.round()
+    assert list(contest.timings()) == ["ours"]
+    assert record.one_line(contest.failures["broken"]) == "RuntimeError: no kernel in x.py"
+    with pytest.raises(RuntimeError, match="no kernel"):
+        Contest([broken()], "broken").warm_up()
+
+
+class Benchmark:
+    """As much of pytest-benchmark's fixture as a contest uses."""
+
+    def __init__(self) -> None:
+        self.extra_info: dict[str, Any] = {}
+
+    def pedantic(self, target: Any, rounds: int, iterations: int) -> None:
+        for _ in range(rounds):
+            target()
+
+
+def test_a_red_kernel_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_attention.parity, "violations", lambda *_: ["dq: largest error 1 > 0"])
+    monkeypatch.setattr(machine, "matmul_gflops", lambda *_: 1.0)
+    problem = Problem(TINY[2], "float32", "cpu")
+    contestants, refused, red = bench_attention.ours(problem, "forward")
+    assert "ours" not in [contestant.kind for contestant in contestants]
+    kernels = [status for status in bench_attention.IMPLS if status.family == "torch" and not status.unavailable()]
+    assert len(red) == len(refused) == len(kernels) - 1  # all but the reference
+    assert all("misses the error budget (dq" in reason for _, _, reason in refused)
+    if not red:
+        return
+    benchmark = Benchmark()
+    subject = record.Subject(
+        op="op", case="c", shape="", dtype="float32", direction="forward", flops=1, bytes_moved=1, flops_formula="",
+        bytes_formula="",
+    )  # fmt: skip
+    settings = record.Settings.of("cpu", quick=True)
+    record.record(benchmark, Stopwatch(), settings, subject, contestants, refused)
+    assert benchmark.extra_info["baseline"] is None
+    assert {row["name"]: row.get("ratio") for row in benchmark.extra_info["rows"]} == {
+        contestant.name: None for contestant in contestants
+    } | {name: None for name, _, _ in refused}
+
+
+def computed(problem: Problem, direction: str, peer: Peer) -> dict[str, torch.Tensor]:
+    """Output and gradients on the rows that belong to a sequence."""
+    contestant = bench_attention.contestant(problem, direction, peer, "peer")
+    got = contestant.call()
+    assert contestant.error is not None
+    assert contestant.error(got) < 1e-6
+    axes = dict(zip(("out", "dq", "dk", "dv"), "qqkk", strict=True))
+    named = dict(zip((*axes, "drel_bias"), got, strict=False))
+    return {name: problem.real(x, axes[name], peer.packed) if name in axes else x for name, x in named.items()}
+
+
+@pytest.mark.parametrize("direction", ["forward", "both"])
+@pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
+def test_every_contestant_computes_the_same(case: Case, direction: str) -> None:
+    problem = Problem(case, "float32", "cpu")
+    want = computed(problem, direction, bench_attention.public("reference"))
+    assert len(want) == (1 if direction == "forward" else 4 + case.has_table)
+    peers = [
+        peer for peer in PEERS if not peer.compiled and peer.takes_part(problem, direction) and peer.exact(problem)
+    ]
+    kernels = [kernel.name for kernel in bench_attention.ours(problem, direction)[0]]
+    assert len(peers) >= 2
+    for peer in (*peers, *(bench_attention.public(name.removeprefix("simvlm ")) for name in kernels)):
+        got = computed(problem, direction, peer)
+        for name, x in want.items():
+            torch.testing.assert_close(
+                got[name], x, msg=lambda text, peer=peer, name=name: f"{peer.name} {name}: {text}"
+            )
+
+
+@pytest.mark.full
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(("direction", "name"), [("forward", "FlexAttention"), ("both", "compiled eager")])
+@pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
+def test_compiled_contestants_compute_the_same(case: Case, direction: str, name: str) -> None:
+    torch.compiler.reset()
+    problem = Problem(case, "float32", "cpu")
+    peer = next(peer for peer in PEERS if peer.name == name)
+    want = computed(problem, direction, bench_attention.public("reference"))
+    got = computed(problem, direction, peer)
+    for array, x in want.items():
+        torch.testing.assert_close(got[array], x, msg=lambda text, array=array: f"{array}: {text}")
+
+
+def test_benchmark_cases_have_real_shapes() -> None:
+    names = [case.name for case in spec.BENCHMARKS]
+    assert names == ["pretrain", "px480", "huge", "captions", "captions_cross", "decode"]
+    assert set(bench_attention.QUICK_CASES) <= set(names)
+    described = {case.name: bench_attention.described(case) for case in spec.BENCHMARKS}
+    assert described["pretrain"] == (
+        "4 sequences, padded to 452×452, 452 queries, 452 keys, 12 heads of 64, prefix 265–413, "
+        "table over 14×14 patches"
+    )
+    assert described["captions"] == "64 sequences, packed, 5–32 queries, 5–32 keys, 12 heads of 64, causal"
+    with pytest.raises(ValueError, match="case must be one of"):
+        bench_attention.selection(["pretain"], [], quick=False)
+
+
+def test_peak_memory_sees_one_large_tensor() -> None:
+    peak = machine.peak_extra_mib(lambda: torch.ones(64 * 2**20 // 4), "cpu")
+    if peak is None:
+        pytest.skip("the peak of resident memory cannot be read here")
+    assert 60 < peak < 80
+
+
+def test_slug_of_a_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    for model, want in (
+        ("AMD EPYC 7763 64-Core Processor", "cpu-amd-epyc-7763-64core"),
+        ("Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz", "cpu-intel-xeon-platinum-8481c-64core"),
+    ):
+        monkeypatch.setattr(machine, "cpu_model", lambda model=model: model)
+        assert machine.slug("cpu") == want
+
+
+def test_quick_run_writes_its_three_files(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks", "--quick", "--op", "prefix_attention", "--cases", "scaled"]
+    command += ["--dtypes", "float32", "--device", "cpu", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder,) = tmp_path.iterdir()
+    assert {path.name for path in folder.iterdir()} == {f"prefix_attention.{kind}" for kind in ("json", "md", "png")}
+    report = json.loads((folder / "prefix_attention.json").read_text())
+    assert [benchmark["param"] for benchmark in report["benchmarks"]] == [
+        "scaled-float32-forward",
+        "scaled-float32-both",
+    ]
+    for benchmark in report["benchmarks"]:
+        info = benchmark["extra_info"]
+        ours = next(row for row in info["rows"] if row["name"] == info["baseline"])
+        assert ours["ratio"] == 1.0
+        assert benchmark["stats"]["median"] == pytest.approx(ours["median_ms"] / 1e3)  # the stopwatch, not the round
+        assert all(row["reason"] or row["ratio"] > 0 for row in info["rows"])
+    page = (folder / "prefix_attention.md").read_text()
+    for said in ("--quick", "FLOP", "noisy", "torch 2", "commit", "SDPA, bias built", "eager", "2·H each"):
+        assert said in page
+    assert str(ROOT) not in page + json.dumps(report)
+    assert (folder / "prefix_attention.png").read_bytes().startswith(b"\x89PNG")
+    assert "strongest peer" in done.stdout
