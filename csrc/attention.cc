@@ -107,7 +107,7 @@ struct Sequence {
   int64_t q_start, k_start;  // within the sequence's own rows if padded, else within all
   int64_t q_gap, k_gap;      // rows after the last that this sequence must fill with zeros
   int64_t grid_width, table_width;
-  const float* table;  // of this head, or null
+  const float* table;  // of this head, or null; a copy with room after it, see table_room
 
   // How many leading keys query i sees.
   SIMVLM_INLINE int64_t limit(int64_t i) const { return least(k_len, most(prefix_len, offset + i + 1)); }
@@ -134,8 +134,8 @@ Sequence sequence_of(const AttentionShape& shape, const float* table, int64_t b,
   s.k_gap = k_end - s.k_start - s.k_len;
   s.grid_width = shape.grid_width;
   s.table_width = 2 * shape.grid_width - 1;
-  const int64_t table_size = (2 * shape.grid_height - 1) * s.table_width;
-  s.table = table == nullptr || s.image_len == 0 ? nullptr : table + n * table_size;
+  const int64_t size = (2 * shape.grid_height - 1) * s.table_width;
+  s.table = table == nullptr || s.image_len == 0 ? nullptr : table + n * size;
   return s;
 }
 
@@ -207,19 +207,30 @@ void clear_rows(const Tensor& t, const Sequence& s, int64_t first, int64_t count
 
 // ---- the table ------------------------------------------------------------------------------------------------------
 
+int64_t table_size(const AttentionShape& shape) { return (2 * shape.grid_height - 1) * (2 * shape.grid_width - 1); }
+
+// A head's table in scratch, with room after it: windows are read and added to in whole vectors.
+int64_t table_room(const AttentionShape& shape) {
+  return shape.grid_height == 0 ? 0 : round_up(table_size(shape) + lanes, lanes);
+}
+
 // For a patch at position p, the bias over image keys is one contiguous window of table rows for each row of patches.
 // Calls visit(offset of the first key within the block, offset in the table, length) for each window that a block
-// meets.
+// meets, in order.
 template <class Visit>
 SIMVLM_INLINE void windows(const Sequence& s, int64_t p, int64_t first_key, int64_t grid_height, Visit visit) {
   const int64_t end = least(first_key + key_block, s.image_len);
-  const int64_t p_row = p / s.grid_width, p_col = p % s.grid_width;
+  const int32_t width = static_cast<int32_t>(s.grid_width);  // 32-bit divisions are several times as fast
+  const int32_t p_row = static_cast<int32_t>(p) / width, p_col = static_cast<int32_t>(p) % width;
+  const int32_t j_row = static_cast<int32_t>(first_key) / width, j_col = static_cast<int32_t>(first_key) % width;
+  int64_t table_at = (j_row - p_row + grid_height - 1) * s.table_width + j_col - p_col + width - 1;
+  int64_t length = width - j_col;
   for (int64_t j = first_key; j < end;) {
-    const int64_t j_row = j / s.grid_width, j_col = j % s.grid_width;
-    const int64_t length = least(s.grid_width - j_col, end - j);
-    const int64_t table_at = (j_row - p_row + grid_height - 1) * s.table_width + j_col - p_col + s.grid_width - 1;
+    length = least(length, end - j);
     visit(j - first_key, table_at, length);
     j += length;
+    table_at += s.table_width - width + length;  // the next row's window begins at its first column
+    length = width;
   }
 }
 
@@ -227,17 +238,21 @@ SIMVLM_INLINE void windows(const Sequence& s, int64_t p, int64_t first_key, int6
 void finish_scores(const Sequence& s, const AttentionShape& shape, int64_t first, int64_t rows, int64_t first_key,
                    float* scores) {
   const vint lane = lane_index();
-  alignas(64) float bias[key_block];
+  alignas(64) float bias[key_block + lanes];
   for (int64_t i = 0; i < rows; ++i) {
     float* row = scores + i * key_block;
     const int64_t p = s.offset + first + i;
     const int64_t visible = s.limit(first + i) - first_key;
     if (s.table != nullptr && p < s.image_len && first_key < s.image_len) {
-      for (int64_t j = 0; j < key_block; j += lanes) store(bias + j, vfloat{});
       windows(s, p, first_key, shape.grid_height, [&](int64_t at, int64_t from, int64_t length) {
-        for (int64_t x = 0; x < length; ++x) bias[at + x] = s.table[from + x];
+        // Past the window lies another row of the table; the next window, or the zeros below, overwrite it.
+        for (int64_t x = 0; x < length; x += lanes) store(bias + at + x, load(s.table + from + x));
       });
-      for (int64_t j = 0; j < key_block; j += lanes) store(row + j, load(row + j) * shape.scale + load(bias + j));
+      const vint patches = splat_int(s.image_len - first_key);
+      for (int64_t j = 0; j < key_block; j += lanes) {
+        const vfloat b = lane + static_cast<int32_t>(j) < patches ? load(bias + j) : vfloat{};
+        store(row + j, load(row + j) * shape.scale + b);
+      }
     } else {
       for (int64_t j = 0; j < key_block; j += lanes) store(row + j, load(row + j) * shape.scale);
     }
@@ -252,8 +267,15 @@ void finish_scores(const Sequence& s, const AttentionShape& shape, int64_t first
 
 // ---- forward --------------------------------------------------------------------------------------------------------
 
-int64_t forward_scratch(int64_t width) {
-  return 2 * query_chunk * width + 2 * query_chunk + 2 * key_block * width + key_block * width + query_tile * key_block;
+int64_t forward_scratch(const AttentionShape& shape, int64_t width) {
+  return 2 * query_chunk * width + 2 * query_chunk + 3 * key_block * width + query_tile * key_block + table_room(shape);
+}
+
+// The head's table, copied to where there is room after it.
+void take_table(const AttentionShape& shape, float* room, Sequence* s) {
+  if (s->table == nullptr) return;
+  std::memcpy(room, s->table, sizeof(float) * static_cast<size_t>(table_size(shape)));
+  s->table = room;
 }
 
 // Folds one key block's scores of a tile into the running softmax: scores become unnormalised probabilities.
@@ -285,7 +307,7 @@ void fold_scores(int64_t rows, int64_t width, float* scores, float* top, float* 
 
 template <class Float>
 bool forward_task(const AttentionForward& a, int64_t b, int64_t n, int64_t chunk) {
-  const Sequence s = sequence_of(a.shape, a.table, b, n);
+  Sequence s = sequence_of(a.shape, a.table, b, n);
   const int64_t first = chunk * query_chunk, rows = least(query_chunk, s.q_len - first);
   const int64_t width = s.padded_width;
   float* lse = a.lse + ((a.shape.padded ? b * a.shape.q_rows : 0) + s.q_start) * a.shape.heads + n;
@@ -295,7 +317,7 @@ bool forward_task(const AttentionForward& a, int64_t b, int64_t n, int64_t chunk
   }
   if (rows <= 0) return true;
 
-  float* q = thread_scratch(forward_scratch(width));
+  float* q = thread_scratch(forward_scratch(a.shape, width));
   if (q == nullptr) return false;
   float* sum = q + query_chunk * width;
   float* top = sum + query_chunk * width;
@@ -304,6 +326,7 @@ bool forward_task(const AttentionForward& a, int64_t b, int64_t n, int64_t chunk
   float* v = k + key_block * width;
   float* k_transposed = v + key_block * width;
   float* scores = k_transposed + key_block * width;
+  take_table(a.shape, scores + query_tile * key_block, &s);
 
   widen_rows<Float>(a.q, s, s.q_start + first, rows, q);
   for (int64_t i = 0; i < rows * width; i += lanes) store(sum + i, vfloat{});
@@ -338,9 +361,9 @@ bool forward_task(const AttentionForward& a, int64_t b, int64_t n, int64_t chunk
 
 // ---- backward -------------------------------------------------------------------------------------------------------
 
-int64_t backward_scratch(int64_t width, int64_t q_len) {
+int64_t backward_scratch(const AttentionShape& shape, int64_t width, int64_t q_len) {
   return q_len * width + round_up(q_len, lanes) + 6 * key_block * width + 2 * query_tile * width +
-         2 * query_tile * key_block;
+         2 * query_tile * key_block + 2 * table_room(shape);
 }
 
 // delta_i = <dout_i, out_i> − dlse_i: what a query's softmax subtracts from each dP.
@@ -376,16 +399,11 @@ void softmax_gradient(const Sequence& s, int64_t heads, int64_t first, int64_t r
 
 template <class Float>
 bool backward_task(const AttentionBackward& a, int64_t b, int64_t n) {
-  const Sequence s = sequence_of(a.shape, a.table, b, n);
+  Sequence s = sequence_of(a.shape, a.table, b, n);
   const int64_t width = s.padded_width, heads = a.shape.heads;
   const int64_t lse_at = ((a.shape.padded ? b * a.shape.q_rows : 0) + s.q_start) * heads + n;
   const float* lse = a.lse + lse_at;
-  const int64_t table_size = (2 * a.shape.grid_height - 1) * s.table_width;
-  float* dtable =
-      a.dtable_parts == nullptr || s.image_len == 0 ? nullptr : a.dtable_parts + (b * heads + n) * table_size;
-  for (int64_t i = 0; dtable != nullptr && i < table_size; ++i) dtable[i] = 0.0f;
-
-  float* dq = thread_scratch(backward_scratch(width, s.q_len));
+  float* dq = thread_scratch(backward_scratch(a.shape, width, s.q_len));
   if (dq == nullptr) return false;
   float* delta = dq + s.q_len * width;
   float* k = delta + round_up(s.q_len, lanes);
@@ -398,6 +416,10 @@ bool backward_task(const AttentionBackward& a, int64_t b, int64_t n) {
   float* dout = q + query_tile * width;
   float* scores = dout + query_tile * width;
   float* dp = scores + query_tile * key_block;
+  float* dtable = dp + query_tile * key_block;  // after dp: a vector that begins in dp's last row ends within scratch
+  take_table(a.shape, dtable + table_room(a.shape), &s);
+  const bool wants_table = a.dtable_parts != nullptr && s.image_len != 0;
+  for (int64_t i = 0; wants_table && i < table_room(a.shape); i += lanes) store(dtable + i, vfloat{});
 
   for (int64_t i = 0; i < s.q_len * width; i += lanes) store(dq + i, vfloat{});
   deltas<Float>(a, s, a.dlse == nullptr ? nullptr : a.dlse + lse_at, delta);
@@ -418,11 +440,14 @@ bool backward_task(const AttentionBackward& a, int64_t b, int64_t n) {
       product({dout, width, 1, v_transposed, key_block, dp, key_block, s.width, false}, rows, key_block);
       finish_scores(s, a.shape, tile, rows, key, scores);
       softmax_gradient(s, heads, tile, rows, key, lse, delta, scores, dp);
-      if (dtable != nullptr && key < s.image_len) {
+      if (wants_table && key < s.image_len) {
         for (int64_t i = 0; i < rows && s.offset + tile + i < s.image_len; ++i) {
           const float* row = dp + i * key_block;
           windows(s, s.offset + tile + i, key, a.shape.grid_height, [&](int64_t at, int64_t to, int64_t length) {
-            for (int64_t x = 0; x < length; ++x) dtable[to + x] += row[at + x];
+            for (int64_t x = 0; x < length; x += lanes) {
+              const vint inside = lane_index() < splat_int(length - x);
+              store(dtable + to + x, load(dtable + to + x) + (inside ? load(row + at + x) : vfloat{}));
+            }
           });
         }
       }
@@ -432,6 +457,10 @@ bool backward_task(const AttentionBackward& a, int64_t b, int64_t n) {
     }
     if (a.dk.data != nullptr) narrow_rows<Float>(dk, a.shape.scale, a.dk, s, s.k_start + key, count);
     if (a.dv.data != nullptr) narrow_rows<Float>(dv, 1.0f, a.dv, s, s.k_start + key, count);
+  }
+  if (wants_table) {
+    float* part = a.dtable_parts + (b * heads + n) * table_size(a.shape);
+    std::memcpy(part, dtable, sizeof(float) * static_cast<size_t>(table_size(a.shape)));
   }
   if (a.dq.data != nullptr) {
     narrow_rows<Float>(dq, a.shape.scale, a.dq, s, s.q_start, s.q_len);
@@ -494,7 +523,7 @@ void backward_index(void* context, int64_t index) {
 // One head's table gradient: the parts of its sequences with an image, in order.
 void sum_index(void* context, int64_t n) {
   const AttentionBackward& a = *static_cast<Run<AttentionBackward>*>(context)->problem;
-  const int64_t size = (2 * a.shape.grid_height - 1) * (2 * a.shape.grid_width - 1);
+  const int64_t size = table_size(a.shape);
   float* sum = a.dtable + n * size;
   for (int64_t i = 0; i < size; ++i) sum[i] = 0.0f;
   for (int64_t b = 0; b < a.shape.batch; ++b) {

@@ -54,6 +54,7 @@ SIMVLM_INLINE V load_as(const void* from) {
 SIMVLM_INLINE vfloat load(const float* from) { return load_as<vfloat>(from); }
 SIMVLM_INLINE void store(float* to, vfloat v) { __builtin_memcpy(to, &v, sizeof(v)); }
 SIMVLM_INLINE vfloat splat(float x) { return x - vfloat{}; }
+SIMVLM_INLINE vint splat_int(int64_t x) { return vint{} + static_cast<int32_t>(x); }
 SIMVLM_INLINE vfloat max(vfloat a, vfloat b) { return a > b ? a : b; }
 
 // Index of each lane: 0, 1, 2, …
