@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import attention_oracle
 import pytest
@@ -122,7 +123,10 @@ def test_an_unmutated_stand_in_is_green(monkeypatch):
 
 # ---- bit-equality --------------------------------------------------------------------------------------------------
 
-BATCH_INVARIANT = ("cpp",)
+BATCH_INVARIANT = [
+    *(("cpp", dtype) for dtype in spec.DTYPES),
+    ("triton", "float16"),  # interpreted: slow, and without bfloat16
+]
 
 
 def _leaves(case, dtype, seed=0):
@@ -146,14 +150,18 @@ def _assert_equal_bits(got, want):
         assert torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
-@pytest.mark.parametrize("dtype", spec.DTYPES)
-@pytest.mark.parametrize("name", ["base_encoder", "edges_prefix_table", "padded_ragged"])
-@pytest.mark.parametrize("impl", ["cpp", "reference"])
+@pytest.mark.parametrize(
+    ("impl", "name", "dtype"),
+    [
+        *itertools.product(["cpp", "reference"], ["base_encoder", "edges_prefix_table", "padded_ragged"], spec.DTYPES),
+        ("triton", "padded_ragged", "float16"),
+    ],
+)
 def test_the_same_call_is_bit_equal(impl, name, dtype):
     case = next(case for case in CORE if case.name == name)
     tensors = _leaves(case, dtype)
     first = _everything(case, tensors, impl)
-    for _ in range(3):
+    for _ in range(3 if impl != "triton" else 1):
         _assert_equal_bits(_everything(case, tensors, impl), first)
 
 
@@ -172,8 +180,7 @@ def test_the_number_of_threads_changes_nothing(name, dtype):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("dtype", spec.DTYPES)
-@pytest.mark.parametrize("impl", BATCH_INVARIANT)
+@pytest.mark.parametrize(("impl", "dtype"), BATCH_INVARIANT)
 def test_batch_invariance(impl, dtype):
     """A sequence's out, lse, dq, dk and dv are the same bits alone, in a batch, padded and packed."""
     lens, prefixes, images = [70, 1, 129, 33], [20, 0, 129, 12], [True, False, True, True]
@@ -207,7 +214,7 @@ def test_batch_invariance(impl, dtype):
         start += length
 
 
-@pytest.mark.parametrize("impl", ["cpp", "reference"])
+@pytest.mark.parametrize("impl", ["triton", "cpp", "reference"])
 def test_a_token_that_must_not_be_seen_changes_nothing(impl):
     case = spec.Case(name="hidden", q_lens=(40, 30), prefix_lens=(10, 0), image_grid=(2, 4))
     tensors = _leaves(case, "float32")

@@ -71,7 +71,8 @@ def forward(
     tiles, rows = _tiles(layout.max_q_len, q, layout, blocks["BLOCK_T"])
     with torch.cuda.device_of(q):
         forward_kernel[(tiles * heads * layout.batch,)](
-            *(_rows(x, layout) for x in (q, k, v, out, lse[..., None])),
+            *(_rows(x, layout) for x in (q, k, v, out)),
+            lse,
             _float_table(rel_bias),
             layout.bounds,
             layout.batch,
@@ -139,19 +140,18 @@ def _launch_backward(
     """Fills those of dq, dk, dv (the two together) and dtable that are there."""
     heads, head_dim = q.shape[-2:]
     shared, blocks = _shared(q, layout, rel_bias), _blocks(head_dim, q.dtype, backward=True)
-    delta = torch.empty_like(lse)
+    delta = torch.empty(lse.shape, dtype=torch.float32, device=q.device)
     if dout.stride(-1) != 1 or abs(dout.stride(-3)) > _ROW_STRIDE:
         dout = dout.contiguous()
-    per_query = [_rows(x[..., None], layout) for x in (dlse, lse, delta)]
-    inputs = *(_rows(x, layout) for x in (q, k, v, dout)), *per_query[1:]
+    inputs = *(_rows(x, layout) for x in (q, k, v, dout)), lse.contiguous(), delta
     tiles, rows = _tiles(layout.max_q_len, q, layout, blocks["BLOCK_T"])
     table = _float_table(rel_bias)
     programs = heads * layout.batch
     kernels.delta_kernel[(tiles * programs,)](
         inputs[3],
         _rows(out, layout),
-        per_query[0],
-        per_query[2],
+        *_rows(dlse[..., None], layout),
+        delta,
         layout.bounds,
         layout.batch,
         heads,
@@ -192,8 +192,8 @@ def _launch_backward(
             end = min(begin + at_once, height)
             tiles_p = -(-(end - begin) * width // blocks["BLOCK_T"])
             kernels.table_pairs_kernel[(tiles_p * tiles_j * heads,)](
-                *inputs, pairs, table, layout.bounds, layout.batch, tiles_p, tiles_j, begin * width, end * width, scale,
-                **shared, **blocks,
+                *inputs, pairs, table, layout.bounds, layout.batch, heads, tiles_p, tiles_j,
+                begin * width, end * width, scale, **shared, **blocks,
             )  # fmt: skip
             kernels.table_sum_kernel[(heads * (2 * height - 1), -(-(2 * width - 1) // d))](
                 pairs, dtable, begin, end, GRID=layout.image_grid, BLOCK_C=c, BLOCK_D=d

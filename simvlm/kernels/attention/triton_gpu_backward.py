@@ -23,6 +23,7 @@ from simvlm.kernels.attention.triton_gpu_tiles import (
     head_table,
     load_rows,
     locate,
+    numbers_of,
     owned_rows,
     products,
     rows_of,
@@ -33,11 +34,14 @@ from simvlm.kernels.attention.triton_gpu_tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["dlse", "delta", "batch", "heads", "tiles"])
+@triton.jit(do_not_specialize=["stride_b", "stride_t", "stride_n", "batch", "heads", "tiles"])
 def delta_kernel(
     dout,
     out,
     dlse,
+    stride_b,
+    stride_t,
+    stride_n,
     delta,
     bounds,
     batch,
@@ -58,9 +62,9 @@ def delta_kernel(
     total = tl.sum(dout_tile[0].to(tl.float32) * out_tile[0].to(tl.float32), 1)
     if WIDTHS[2] > 0:
         total += tl.sum(dout_tile[1].to(tl.float32) * out_tile[1].to(tl.float32), 1)
-    dlse, stride_dlse = rows_of(dlse, q_start, b, n, PADDED)
+    dlse, stride_dlse = rows_of((dlse, stride_b, stride_t, stride_n), q_start, b, n, PADDED)
     total -= tl.load(dlse + offs_t.to(tl.int64) * stride_dlse, mask=mask_t, other=0.0)
-    delta, stride_delta = rows_of(delta, q_start, b, n, PADDED)
+    delta, stride_delta = numbers_of(delta, q_start, n, heads)
     tl.store(delta + offs_t.to(tl.int64) * stride_delta, total, mask=mask_t)
 
 
@@ -112,7 +116,7 @@ def _add_dq(
     return dq_tile
 
 
-@triton.jit(do_not_specialize=["lse", "delta", "batch", "heads", "tiles", "rows"])
+@triton.jit(do_not_specialize=["batch", "heads", "tiles", "rows"])
 def dq_kernel(
     q,
     k,
@@ -146,7 +150,7 @@ def dq_kernel(
     q_tile = load_rows(rows_of(q, q_start, b, n, PADDED), first, mask_t, True, BLOCK_T, WIDTHS)
     dout_tile = load_rows(rows_of(dout, q_start, b, n, PADDED), first, mask_t, True, BLOCK_T, WIDTHS)
     lse2, delta_t = _row_numbers(
-        rows_of(lse, q_start, b, n, PADDED), rows_of(delta, q_start, b, n, PADDED), offs_t, mask_t
+        numbers_of(lse, q_start, n, heads), numbers_of(delta, q_start, n, heads), offs_t, mask_t
     )
     position = q_offset + offs_t
     limit = tl.minimum(k_len, tl.maximum(prefix_len, position + 1))
@@ -235,7 +239,7 @@ def _add_dk_dv(
     return dk_tile, dv_tile
 
 
-@triton.jit(do_not_specialize=["lse", "delta", "batch", "heads", "tiles", "rows"])
+@triton.jit(do_not_specialize=["batch", "heads", "tiles", "rows"])
 def dk_dv_kernel(
     q,
     k,
@@ -264,8 +268,8 @@ def dk_dv_kernel(
     q_start, q_len, k_start, k_len, prefix_len, q_offset, image_len = bounds_of(bounds, b, batch)
     q = rows_of(q, q_start, b, n, PADDED)
     dout = rows_of(dout, q_start, b, n, PADDED)
-    lse = rows_of(lse, q_start, b, n, PADDED)
-    delta = rows_of(delta, q_start, b, n, PADDED)
+    lse = numbers_of(lse, q_start, n, heads)
+    delta = numbers_of(delta, q_start, n, heads)
     first = tile * BLOCK_S
     offs_s = first + tl.arange(0, BLOCK_S)
     mask_s = offs_s < k_len
@@ -321,7 +325,7 @@ def dk_dv_kernel(
             store_rows(dv, start - k_start, zeros(BLOCK_S, WIDTHS), offs_s < 0, BLOCK_S, WIDTHS)
 
 
-@triton.jit(do_not_specialize=["lse", "delta", "batch", "tiles_p", "tiles_j", "begin", "end"])
+@triton.jit(do_not_specialize=["batch", "heads", "tiles_p", "tiles_j", "begin", "end"])
 def table_pairs_kernel(
     q,
     k,
@@ -333,6 +337,7 @@ def table_pairs_kernel(
     table,
     bounds,
     batch,
+    heads,
     tiles_p,
     tiles_j,
     begin,
@@ -370,7 +375,7 @@ def table_pairs_kernel(
             k_tile = load_rows(rows_of(k, k_start, b, n, PADDED), first, mask_s, True, BLOCK_S, WIDTHS)
             v_tile = load_rows(rows_of(v, k_start, b, n, PADDED), first, mask_s, True, BLOCK_S, WIDTHS)
             lse2, delta_t = _row_numbers(
-                rows_of(lse, q_start, b, n, PADDED), rows_of(delta, q_start, b, n, PADDED), offs_t, mask_t
+                numbers_of(lse, q_start, n, heads), numbers_of(delta, q_start, n, heads), offs_t, mask_t
             )
             scores = products(q_tile, k_tile, WIDTHS, PRECISION) * scale2
             scores += bias2(table, position[:, None], offs_s[None, :], image_len, GRID)

@@ -20,6 +20,7 @@ from simvlm.kernels.attention.triton_gpu_tiles import (
     head_table,
     load_rows,
     locate,
+    numbers_of,
     owned_rows,
     products,
     rows_of,
@@ -74,7 +75,7 @@ def _attend(
     return mixed, top, total
 
 
-@triton.jit(do_not_specialize=["lse", "batch", "heads", "tiles", "rows"])
+@triton.jit(do_not_specialize=["batch", "heads", "tiles", "rows"])
 def forward_kernel(
     q,
     k,
@@ -142,7 +143,7 @@ def forward_kernel(
     logsum = tl.where(seen, (top + tl.log2(total)) / LOG2E, float("-inf"))
 
     out = rows_of(out, q_start, b, n, PADDED)
-    lse, stride_lse = rows_of(lse, q_start, b, n, PADDED)
+    lse, stride_lse = numbers_of(lse, q_start, n, heads)
     owned = owned_rows(bounds, q_start, b, batch, rows, PADDED)
     store_rows(out, first, mixed, offs_t < owned, BLOCK_T, WIDTHS)
     tl.store(lse + offs_t.to(tl.int64) * stride_lse, logsum, mask=offs_t < owned)

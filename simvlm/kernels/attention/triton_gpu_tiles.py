@@ -49,6 +49,12 @@ def rows_of(x, start, b, n, PADDED: tl.constexpr):
 
 
 @triton.jit
+def numbers_of(x, start, n, heads):
+    """The same for one number a row, contiguous [rows, N]; padded or packed, a sequence begins at row `start`."""
+    return x + start.to(tl.int64) * heads + n, heads
+
+
+@triton.jit
 def owned_rows(starts, start, b, batch, rows, PADDED: tl.constexpr):
     """Rows from this sequence's start up to the next one's: what its programs must write, zeros where no token is."""
     if PADDED:
