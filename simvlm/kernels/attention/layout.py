@@ -36,7 +36,7 @@ class PrefixLayout:
         image_grid: (Gh, Gw) of the patches that come first in sequences with an image, or None.
         max_q_len, max_k_len: static upper bounds on the lengths, rounded up to a bucket.
         cross: the keys are another sequence than the queries' own (bidirectional, no table).
-        q_rows, k_rows: storage rows that a packed tensor must have at the least; 0 where unknown (device lengths, pytrees).
+        q_rows, k_rows: storage rows that a packed tensor must have; 0 where unknown (device lengths, out of a pytree).
         keys_ascend: key ranges ascend without overlap, which gradients to k and v need.
         at_origin: no q_offsets were given, so every sequence's first query is known to stand at key 0.
     """
