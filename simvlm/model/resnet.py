@@ -1,0 +1,170 @@
+"""The convolution stage: the first stages of a ResNet v1.5 (stride in the 3×3), channels-last, from pixels to patches.
+
+    block(x) = relu(branch_scale · norm(conv1x1(relu(norm(conv3x3(relu(norm(conv1x1(x)))))))) + shortcut(x))
+
+He et al. 2015, figure 5 right. Every padding is explicit and symmetric (k // 2 on each side), so that frameworks agree.
+Tensors are [B, Hh, Ww, C] here; the convolutions see the same memory as NCHW in channels_last.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from simvlm.kernels import batch_norm_act
+from simvlm.model.config import SimVLMConfig
+
+MOMENTUM = 0.1
+
+
+class Conv(nn.Module):
+    """A convolution without bias; weight [Cout, Cin, k, k]."""
+
+    def __init__(self, channels: int, outputs: int, kernel: int = 1, stride: int = 1) -> None:
+        super().__init__()
+        self.kernel, self.stride = kernel, stride
+        self.weight = nn.Parameter(torch.empty(outputs, channels, kernel, kernel))
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.conv2d(x.permute(0, 3, 1, 2), self.weight, None, self.stride, self.kernel // 2)
+        return y.permute(0, 2, 3, 1).contiguous()
+
+
+class BatchNorm(nn.Module):
+    """Batch normalization with what may follow it: branch scale, residual sum, activation, in one kernel.
+
+    Running statistics are those of torch's BatchNorm2d: the variance unbiased, the batch's share `MOMENTUM`.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int, impl: str | None, *, act: str = "relu", zero: bool = False) -> None:
+        super().__init__()
+        self.impl, self.act, self.zero = impl, act, zero
+        self.weight = nn.Parameter(torch.empty(channels))
+        self.bias = nn.Parameter(torch.empty(channels))
+        self.register_buffer("running_mean", torch.empty(channels))
+        self.register_buffer("running_var", torch.empty(channels))
+        self.frozen = False
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.weight, 0.0 if self.zero else 1.0)
+        for tensor, value in ((self.bias, 0.0), (self.running_mean, 0.0), (self.running_var, 1.0)):
+            nn.init.constant_(tensor, value)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, branch_scale: Tensor | None = None) -> Tensor:
+        live = self.training and not self.frozen
+        y, mean, var = batch_norm_act(
+            x,
+            self.weight,
+            self.bias,
+            mean=None if live else self.running_mean,
+            var=None if live else self.running_var,
+            residual=residual,
+            branch_scale=branch_scale,
+            act=self.act,
+            impl=self.impl,
+        )
+        if live and x.shape[0]:  # a micro-batch without images leaves the statistics alone
+            pixels = x.shape[0] * x.shape[1] * x.shape[2]
+            with torch.no_grad():
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), MOMENTUM)
+                self.running_var.lerp_((var * (pixels / max(pixels - 1, 1))).to(self.running_var.dtype), MOMENTUM)
+        return y
+
+
+class Bottleneck(nn.Module):
+    """1×1 down, 3×3 with the stride, 1×1 up, and the shortcut; the last norm's weight starts at 0."""
+
+    def __init__(self, channels: int, inner: int, stride: int, impl: str | None) -> None:
+        super().__init__()
+        outer = 4 * inner
+        self.conv1, self.norm1 = Conv(channels, inner), BatchNorm(inner, impl)
+        self.conv2, self.norm2 = Conv(inner, inner, 3, stride), BatchNorm(inner, impl)
+        self.conv3, self.norm3 = Conv(inner, outer), BatchNorm(outer, impl, zero=True)
+        self.shortcut: Conv | None = None
+        self.shortcut_norm: BatchNorm | None = None
+        if channels != outer or stride != 1:
+            self.shortcut = Conv(channels, outer, 1, stride)
+            self.shortcut_norm = BatchNorm(outer, impl, act="none")
+
+    def forward(self, x: Tensor, branch_scale: Tensor | None) -> Tensor:
+        residual = x
+        if self.shortcut is not None and self.shortcut_norm is not None:
+            residual = self.shortcut_norm(self.shortcut(x))
+        y = self.norm1(self.conv1(x))
+        y = self.norm2(self.conv2(y))
+        return self.norm3(self.conv3(y), residual, branch_scale)
+
+
+class ConvStage(nn.Module):
+    """uint8[Bi, S, S, 3] → float[Bi, Gh, Gw, C], normalized pixels through stem and stages, cut into patches."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: SimVLMConfig, impl: str | None) -> None:
+        super().__init__()
+        self.config = config
+        self.stem: Conv | None = None
+        self.stem_norm: BatchNorm | None = None
+        self.stages = nn.ModuleList()
+        self.register_buffer("mean", torch.empty(3), persistent=False)
+        self.register_buffer("std", torch.empty(3), persistent=False)
+        if not config.conv_depths:
+            return
+        channels = config.conv_stem_width
+        self.stem = Conv(3, channels, 7 if config.conv_stem == "resnet" else 3, 2)
+        self.stem_norm = BatchNorm(channels, impl)
+        for depth, inner, stride in zip(config.conv_depths, config.conv_widths, config.conv_strides, strict=True):
+            blocks = nn.ModuleList()
+            for block in range(depth):
+                blocks.append(Bottleneck(channels, inner, stride if block == 0 else 1, impl))
+                channels = 4 * inner
+            self.stages.append(blocks)
+
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            self.mean.copy_(255 * torch.tensor(self.config.image_mean))
+            self.std.copy_(255 * torch.tensor(self.config.image_std))
+
+    def freeze_statistics(self, frozen: bool = True) -> None:
+        """Normalize with the running statistics even in training, and leave them alone."""
+        for module in self.modules():
+            if isinstance(module, BatchNorm):
+                module.frozen = frozen
+
+    @property
+    def num_blocks(self) -> int:
+        return sum(self.config.conv_depths)
+
+    def forward(self, images: Tensor, branch_scales: list[Tensor] | None = None) -> Tensor:
+        """Features of the images; `branch_scales`: one float[Bi] per block, stochastic depth."""
+        x = (images.to(self.mean.dtype) - self.mean) / self.std
+        if self.stem is not None and self.stem_norm is not None:
+            x = self.stem_norm(self.stem(x))
+            if self.config.conv_stem == "resnet":
+                x = F.max_pool2d(x.permute(0, 3, 1, 2), 3, 2, 1).permute(0, 2, 3, 1).contiguous()
+        scales: Iterator[Tensor | None] = iter(branch_scales) if branch_scales else itertools.repeat(None)
+        for stage in self.stages:
+            assert isinstance(stage, nn.ModuleList)
+            for block in stage:
+                x = block(x, next(scales))
+        return _patches(x, self.config.patch_size)
+
+
+def _patches(x: Tensor, side: int) -> Tensor:
+    """[B, Hh, Ww, C] → [B, Hh/side, Ww/side, side·side·C], pixels of a patch row-major."""
+    if side == 1:
+        return x
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // side, side, width // side, side, channels).transpose(2, 3)
+    return x.reshape(batch, height // side, width // side, side * side * channels)
