@@ -1,0 +1,1 @@
+"""Data: the generated world, readers of image-text and text shards, the tokenizer, order and packing; no torch."""

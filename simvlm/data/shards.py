@@ -1,0 +1,269 @@
+"""Random access to image-text pairs in WebDataset tar shards, as img2dataset and `simvlm data world` write them.
+
+A shard is scanned once; the places of its members are kept beside it in `<shard>.idx.json`, or in memory alone where
+the folder cannot be written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import io
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+_INDEX_VERSION = 1
+_BLOCK = 512
+
+
+class BrokenSample(Exception):
+    """A sample that cannot be used; a loader counts it and goes on.
+
+    Attributes:
+        kind: what is wrong: "no image", "broken image", "no text", "empty text", "broken json".
+        shard, key: where.
+    """
+
+    def __init__(self, kind: str, shard: str, key: str) -> None:
+        super().__init__(kind, shard, key)
+        self.kind, self.shard, self.key = kind, shard, key
+
+    def __str__(self) -> str:
+        return f"{self.kind}: sample {self.key} of {self.shard}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """An image-text pair, the image still compressed."""
+
+    key: str
+    shard: str
+    image_bytes: bytes
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Index:
+    """Of each sample of a shard: its key, and (offset, size) of image, txt and json; size -1 where it has none."""
+
+    keys: list[str]
+    places: np.ndarray
+    cut: bool
+
+
+class ImageTextShards:
+    """The pairs of some tar shards, in the order of the shards.
+
+    Args:
+        pattern: a path, a glob, braces as in `{00000..00012}.tar` or `{a,b}.tar`, or several of these.
+
+    Attributes:
+        shards: the paths.
+        cut: those that end too early; their pairs before the cut are there.
+    """
+
+    def __init__(self, pattern: str | os.PathLike[str] | Sequence[str]) -> None:
+        self.shards = expand(pattern)
+        self._indices = [_index(shard) for shard in self.shards]
+        self._ends = np.cumsum([len(index.keys) for index in self._indices])
+        self.cut = [shard for shard, index in zip(self.shards, self._indices, strict=True) if index.cut]
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, i: int) -> Sample:
+        """Pair i.
+
+        Raises:
+            BrokenSample: it has no image, no text or an empty one.
+        """
+        shard, key, (image, text, meta) = self._locate(i)
+        if image[1] <= 0:
+            raise BrokenSample("no image", shard, key)
+        with open(shard, "rb") as file:
+            return Sample(key, shard, _read(file, image), _text(file, text, meta, shard, key))
+
+    def text(self, i: int) -> str:
+        """The text of pair i alone."""
+        shard, key, (_, text, meta) = self._locate(i)
+        with open(shard, "rb") as file:
+            return _text(file, text, meta, shard, key)
+
+    def metadata(self, i: int) -> dict[str, Any]:
+        """The json of pair i; {} where it has none."""
+        shard, key, (_, _, meta) = self._locate(i)
+        with open(shard, "rb") as file:
+            return _json(file, meta, shard, key) if meta[1] > 0 else {}
+
+    def _locate(self, i: int) -> tuple[str, str, np.ndarray]:
+        if not 0 <= i < len(self):
+            raise IndexError(f"ImageTextShards: index must be in 0 … {len(self) - 1}, got {i}")
+        which = int(np.searchsorted(self._ends, i, side="right"))
+        index = self._indices[which]
+        row = i - (int(self._ends[which]) - len(index.keys))
+        return self.shards[which], index.keys[row], index.places[row]
+
+
+def expand(pattern: str | os.PathLike[str] | Sequence[str]) -> list[str]:
+    """The files of a pattern: braces first, then globs; each glob's files sorted.
+
+    Raises:
+        FileNotFoundError: some part of it names no file.
+    """
+    patterns = [os.fspath(pattern)] if isinstance(pattern, str | os.PathLike) else list(pattern)
+    paths: list[str] = []
+    for one in (expanded for each in patterns for expanded in _braces(each)):
+        # A file whose name holds a bracket is no glob.
+        found = [one] if os.path.exists(one) else sorted(glob.glob(one))
+        if not found:
+            raise FileNotFoundError(f"shards: no file matches {one}")
+        paths += found
+    if not paths:
+        raise FileNotFoundError("shards: pattern must name at least one file, got none")
+    return paths
+
+
+def decode(image_bytes: bytes, *, shard: str = "", key: str = "", least: int | None = None) -> np.ndarray:
+    """The picture as uint8[H, W, 3]: upright by its EXIF tag, transparency over white.
+
+    Args:
+        shard, key: named by the exception.
+        least: if given, a JPEG may be decoded at a half, quarter or eighth of its size, both sides at least this long.
+
+    Raises:
+        BrokenSample: it is no image, or is cut short.
+    """
+    try:
+        with Image.open(io.BytesIO(image_bytes)) as image:
+            if least is not None:
+                image.draft("RGB", (least, least))
+            return np.asarray(_rgb(ImageOps.exif_transpose(image)))
+    except Exception as error:  # Pillow's plug-ins raise whatever they stumble over.
+        raise BrokenSample("broken image", shard, key) from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        # 16 bits of grey, which Pillow would clip to 8.
+        return Image.fromarray((np.asarray(image, np.uint32) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _read(file: io.BufferedReader, place: np.ndarray) -> bytes:
+    file.seek(int(place[0]))
+    return file.read(int(place[1]))
+
+
+def _text(file: io.BufferedReader, text: np.ndarray, meta: np.ndarray, shard: str, key: str) -> str:
+    if text[1] >= 0:
+        caption: Any = _read(file, text).decode(errors="replace")
+    elif meta[1] >= 0:
+        caption = _json(file, meta, shard, key).get("caption")
+    else:
+        raise BrokenSample("no text", shard, key)
+    if not isinstance(caption, str) or not caption.strip():
+        raise BrokenSample("empty text", shard, key)
+    return caption.strip()
+
+
+def _json(file: io.BufferedReader, place: np.ndarray, shard: str, key: str) -> dict[str, Any]:
+    try:
+        found = json.loads(_read(file, place))
+    except ValueError as error:
+        raise BrokenSample("broken json", shard, key) from error
+    if not isinstance(found, dict):
+        raise BrokenSample("broken json", shard, key)
+    return found
+
+
+def _braces(pattern: str) -> Iterator[str]:
+    """`{00000..00012}` and `{a,b}` written out; a number keeps its width."""
+    found = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
+    if found is None:
+        yield pattern
+        return
+    first, last, names = found.groups()
+    if names is None:
+        if int(last) < int(first):
+            raise ValueError(f"shards: a range must not run backwards, got {found[0]}")
+        parts = [f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)]
+    else:
+        parts = names.split(",")
+    for part in parts:
+        yield from _braces(pattern[: found.start()] + part + pattern[found.end() :])
+
+
+def _index(shard: str) -> _Index:
+    status = os.stat(shard)
+    stamp = {"version": _INDEX_VERSION, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+    beside = Path(shard + ".idx.json")
+    try:
+        kept = json.loads(beside.read_text())
+        if {name: kept[name] for name in stamp} == stamp:
+            return _Index(kept["keys"], np.array(kept["places"], np.int64).reshape(-1, 3, 2), kept["cut"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # none yet, of an older version, or half written: scan the shard
+    keys, places, cut = _scan(shard, status.st_size)
+    _keep(beside, stamp | {"keys": keys, "places": places, "cut": cut})
+    return _Index(keys, np.array(places, np.int64).reshape(-1, 3, 2), cut)
+
+
+def _keep(beside: Path, content: dict[str, Any]) -> None:
+    # Renamed when whole: several processes may index one shard at once.
+    aside = beside.with_name(f"{beside.name}.{os.getpid()}")
+    try:
+        aside.write_text(json.dumps(content))
+        aside.replace(beside)
+    except OSError:
+        pass  # a read-only folder: the index in memory does
+
+
+def _scan(shard: str, size: int) -> tuple[list[str], list[list[list[int]]], bool]:
+    """Keys, places, and whether the shard is cut short. A sample is a run of members with one name before the dot."""
+    keys: list[str] = []
+    places: list[list[list[int]]] = []
+    end = 0
+    with open(shard, "rb") as file:
+        for member in _members(file):
+            end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
+            if not member.isfile() or member.offset_data + member.size > size:
+                continue
+            folder, _, name = member.name.rpartition("/")
+            stem, _, suffix = name.partition(".")
+            key = f"{folder}/{stem}" if folder else stem
+            suffix = suffix.lower()
+            which = 0 if suffix in IMAGE_SUFFIXES else {"txt": 1, "json": 2}.get(suffix)
+            if which is None:
+                continue
+            if not keys or keys[-1] != key:
+                keys.append(key)
+                places.append([[0, -1], [0, -1], [0, -1]])
+            places[-1][which] = [member.offset_data, member.size]
+        # A whole archive ends with two blocks of zeros.
+        file.seek(end)
+        cut = file.read(2 * _BLOCK) != bytes(2 * _BLOCK)
+    if cut and keys and (places[-1][0][1] < 0 or max(places[-1][1][1], places[-1][2][1]) < 0):
+        # What the cut took from its last sample is the shard's fault, not the sample's.
+        keys.pop()
+        places.pop()
+    return keys, places, cut
+
+
+def _members(file: io.BufferedReader) -> Iterator[tarfile.TarInfo]:
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            yield from archive
+    except (tarfile.ReadError, EOFError):
+        return  # the end came too early, which the missing end mark shows
