@@ -172,14 +172,27 @@ def test_a_shard_cut_anywhere_is_read_up_to_the_cut(tmp_path):
     members = [(f"{i}.{suffix}", content) for i in range(3) for suffix, content in (("png", image), ("txt", b"text"))]
     whole = write_tar(tmp_path / "whole.tar", members).read_bytes()
     size = 512 + -(-len(image) // 512) * 512 + 1024
-    for cut in (0, 100, 512, 700, size - 512 + 2, size, size + 1, 2 * size - 600, 2 * size + 600, 3 * size):
+    for cut in (
+        0,
+        100,
+        512,
+        700,
+        size - 512 + 2,
+        size - 512 + 4,
+        size,
+        size + 1,
+        2 * size - 600,
+        2 * size + 600,
+        3 * size,
+    ):
         path = tmp_path / f"{cut}.tar"
         path.write_bytes(whole[:cut])
         pairs = ImageTextShards(path)
         assert pairs.cut == [str(path)]
-        assert len(pairs) in (cut // size, cut // size + (cut % size > size - 512))
-        assert [(pairs[i].key, pairs[i].image_bytes) for i in range(len(pairs))] == [
-            (str(i), image) for i in range(len(pairs))
+        # The text is the last member: four bytes in a block of 512.
+        assert len(pairs) == cut // size + (cut % size >= size - 512 + 4), cut
+        assert [(pairs[i].key, pairs[i].image_bytes, pairs[i].text) for i in range(len(pairs))] == [
+            (str(i), image, "text") for i in range(len(pairs))
         ]
     (tmp_path / "none.tar").write_bytes(b"not a tar" * 1000)
     assert len(ImageTextShards(tmp_path / "none.tar")) == 0
