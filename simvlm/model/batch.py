@@ -108,14 +108,16 @@ class Batch:
             "sample_ids": self.sample_ids,
             "decoder_inputs": self.decoder_inputs,
         }
+        rows = len(self.images) * config.image_len + len(self.encoder_text)
+        decoder_rows = len(self.decoder_inputs)
         if config.arch == "encoder_decoder":
             return Inputs(
                 text=self.encoder_text,
                 text_positions=encoder_positions,
-                layout=self.encoder_layout(config.image_grid),
+                layout=_with_room(self.encoder_layout(config.image_grid), rows, rows),
                 decoder_positions=continued if config.decoder_positions == "continue" else decoder_positions,
-                decoder_layout=self.decoder_layout(),
-                cross_layout=self.cross_layout(config.image_grid),
+                decoder_layout=_with_room(self.decoder_layout(), decoder_rows, decoder_rows),
+                cross_layout=_with_room(self.cross_layout(config.image_grid), decoder_rows, rows),
                 suffix_rows=None,
                 **common,
             )
@@ -127,7 +129,7 @@ class Batch:
         in_prefix = text_positions[:total] < self.encoder_text_lens[text_owners]
         text[:total][in_prefix] = self.encoder_text[: int(self.encoder_text_lens.sum())]
         text[:total][~in_prefix] = self.decoder_inputs[:used]
-        layout = self.decoder_only_layout(config.image_grid)
+        layout = _with_room(self.decoder_only_layout(config.image_grid), rows + decoder_rows, rows + decoder_rows)
         suffix_rows = np.zeros(len(self.decoder_inputs), np.int32)
         first = layout.q_starts + layout.prefix_lens
         suffix_rows[:used] = first[owners] + decoder_positions[:used]
@@ -206,6 +208,11 @@ class Inputs:
 
         fields = {field.name: move(getattr(self, field.name)) for field in dataclasses.fields(self)}
         return Inputs(**fields)
+
+
+def _with_room(layout: PrefixLayout, q_rows: int, k_rows: int) -> PrefixLayout:
+    """The layout for storage of just so many rows: a compiled step must not depend on how many of them are used."""
+    return dataclasses.replace(layout, q_rows=q_rows, k_rows=k_rows)
 
 
 def _owners_and_positions(lens: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:

@@ -131,7 +131,8 @@ class ConvStage(nn.Module):
                 channels = 4 * inner
             self.stages.append(blocks)
 
-    def reset_parameters(self) -> None:
+    def set_constants(self) -> None:
+        """Fills the buffers that the config determines and no file holds."""
         with torch.no_grad():
             self.mean.copy_(255 * torch.tensor(self.config.image_mean))
             self.std.copy_(255 * torch.tensor(self.config.image_std))

@@ -92,6 +92,7 @@ class SimVLM(nn.Module):
                 reset()
         for table in (self.embedding, self.image_positions, self.text_positions):
             nn.init.normal_(table, std=INIT_STD)
+        self.conv.set_constants()
 
     @property
     def device(self) -> torch.device:
