@@ -40,7 +40,7 @@ from simvlm.data.scenes import (
 from simvlm.data.shards import ImageTextShards
 from simvlm.data.world import write_world
 
-GOLDEN = "5b5bcdbec416deb80fc449b4821b182db3b3058d655e8e307d964e00340c375d"
+GOLDEN = "1e019bfc01148a74f0ebda10b3aa05fcc52b153e7ae2dddf56c13677a52f28b2"
 
 
 def fingerprint() -> str:

@@ -269,5 +269,5 @@ _INSIDE: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 
 _PATTERNS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "striped": lambda u, v: (u + v) % 760 < 380,
-    "dotted": lambda u, v: (u % 640 - 320) ** 2 + (v % 640 - 320) ** 2 <= 200**2,
+    "dotted": lambda u, v: ((u + 320) % 640 - 320) ** 2 + ((v + 320) % 640 - 320) ** 2 <= 200**2,
 }
