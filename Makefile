@@ -11,6 +11,8 @@ OP ?=
 
 PY := $(VENV)/bin/python
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY)
+# Two test processes of one thread each; neighbouring cases stay together, for they share truth and yardstick.
+WORKERS := -n 2 --dist worksteal
 STAMP := $(VENV)/.simvlm-setup
 # What the environment and the compiled module are made from: a change of its hash makes both anew.
 INPUTS := csrc CMakeLists.txt setup.py pyproject.toml requirements
@@ -51,10 +53,10 @@ format: setup ## rewrite the sources as `make check` wants them
 	@$(VENV)/bin/clang-format -i csrc/*.h csrc/*.cc
 
 test: setup ## the core tier of every test; ends with a table of what ran on which implementation
-	@$(RUN) -m pytest -m "not full"
+	@$(RUN) -m pytest $(WORKERS) -m "not full"
 
 test-full: setup ## every test, the long tier included
-	@$(RUN) -m pytest
+	@$(RUN) -m pytest $(WORKERS)
 
 bench: setup ## time the kernels against their peers (OP=prefix_attention for one op)
 	@$(RUN) -m benchmarks $(if $(OP),--op $(OP))

@@ -8,6 +8,8 @@ import os
 # Before anything imports triton: without a GPU its kernels run in the interpreter, on CPU tensors.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Test tensors are tiny: with more threads than one, two test processes would wait for each other at barriers.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -276,11 +276,6 @@ def test_autocast_gives_finite_gradients_and_a_float32_stream(config):
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=torch._dynamo.exc.Unsupported,
-    reason="dispatch.family_of walks type(array).__mro__, which Dynamo cannot trace where the array is a Parameter",
-)
 def test_one_graph_holds_a_step(config):
     """No break, forward and backward, and batches of other lengths compile nothing anew."""
     model = tiny_model(config).float().train()

@@ -31,6 +31,8 @@ def _dtypes(spec, family: str, impl: str, case) -> tuple[str, ...]:
         return ("float32", "float16") if _tiles(case) <= INTERPRETED_TILES else ()
     if family == "jax" and (case.memory != "contiguous" or case.tier == "full"):
         return ()
+    if family == "jax":
+        return ("float32", "bfloat16")
     return spec.DTYPES
 
 

@@ -11,6 +11,7 @@ import difflib
 import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -72,7 +73,10 @@ def family_of(**arrays: Any) -> str:
     """
     found: dict[str, str] = {}
     for name, array in arrays.items():
-        family = _family(type(array))
+        # torch first, and by isinstance: Dynamo traces that for parameters too, and no walk over their classes.
+        torch = sys.modules.get("torch")
+        is_torch = torch is not None and isinstance(array, torch.Tensor)
+        family = "torch" if is_torch else _family(type(array))
         if family is None:
             raise TypeError(f"{name} must be a torch tensor, a jax array or a numpy array, got {type(array).__name__}")
         found[name] = family
@@ -85,8 +89,6 @@ def family_of(**arrays: Any) -> str:
 def _family(cls: type) -> str | None:
     for base in cls.__mro__:
         root, _, _ = base.__module__.partition(".")
-        if root == "torch":
-            return "torch"
         if root in ("jax", "jaxlib"):
             return "jax"
         if root == "numpy" and base.__name__ == "ndarray":

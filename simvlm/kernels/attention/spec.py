@@ -25,7 +25,7 @@ RATIO_RMS = {"float32": 2.0, "bfloat16": 1.25, "float16": 1.25}
 FLOOR = 2.0**-22
 """times the rms (the largest) of the same formula with every term replaced by its absolute value."""
 SCORE = 2.0**-24
-"""times the formula with P replaced by P·(scale·Σ|q||k| + |bias|): a score's own rounding, which the softmax passes on."""
+"""times the formula with P replaced by P·(scale·Σ|q||k| + |bias|): a score is rounded, and softmax passes it on."""
 UNIT = {"float32": 2.0**-21, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 """times the same with dS replaced by P·|dout·out|: the gradients' second floor. A flash backward subtracts
 delta = <dout, out> with out as it is stored, so one rounding of out is shared by all dS of a row; the unfused yardstick
