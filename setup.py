@@ -17,7 +17,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-BUILD_ERROR = ROOT / "simvlm" / "_cpp_build_error.txt"
+BUILD_ERROR = "_cpp_build_error.txt"  # lies where the module would, in a wheel too
 
 
 def source_hash() -> str:
@@ -32,20 +32,30 @@ class CMakeBuild(build_ext):
     """One extension, simvlm._cpp, configured and built by CMake in build/."""
 
     def build_extension(self, ext: Extension) -> None:
-        BUILD_ERROR.unlink(missing_ok=True)
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        record = target.with_name(BUILD_ERROR)
+        for stale in (record, ROOT / "simvlm" / BUILD_ERROR):
+            stale.unlink(missing_ok=True)
         try:
-            self._build(Path(self.get_ext_fullpath(ext.name)).resolve())
-        except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+            self._build(target)
+        except (ImportError, OSError, RuntimeError, ValueError) as error:
             reason = f"{error}"
             if os.environ.get("SIMVLM_REQUIRE_CPP") == "1":
                 raise SystemExit(f"simvlm: the C++ kernels could not be built: {reason}") from error
             print(f"simvlm: the C++ kernels could not be built and are left out: {reason}", file=sys.stderr)
-            BUILD_ERROR.write_text(reason + "\n")
+            record.parent.mkdir(parents=True, exist_ok=True)
+            record.write_text(reason + "\n")
 
     def copy_extensions_to_source(self) -> None:
-        # setuptools insists on every extension's file; a build that was allowed to fail has none.
-        if not BUILD_ERROR.exists():
+        # setuptools insists on every extension's file; a build that was allowed to fail has the reason instead.
+        (ext,) = self.extensions
+        record = Path(self.get_ext_fullpath(ext.name)).resolve().with_name(BUILD_ERROR)
+        built = Path(self.build_lib) / "simvlm" / BUILD_ERROR
+        found = next((path for path in (record, built) if path.exists()), None)
+        if found is None:
             super().copy_extensions_to_source()
+        elif found.parent != ROOT / "simvlm":
+            shutil.copy2(found, ROOT / "simvlm" / BUILD_ERROR)
 
     def _build(self, target: Path) -> None:
         import pybind11

@@ -44,7 +44,7 @@ struct AttentionBackward {
   const float* table;
   const float *lse, *dlse;  // contiguous; dlse may be null
   Tensor dq, dk, dv;        // data null where not wanted
-  float* dtable_parts;      // [B, N, 2Gh-1, 2Gw-1], one part per sequence and head, or null; summed by dtable_sum
+  float* dtable_parts;      // [B, N, 2Gh-1, 2Gw-1], one part per sequence and head, or null; then summed in order
   float* dtable;            // [N, 2Gh-1, 2Gw-1]
 };
 

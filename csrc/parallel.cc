@@ -5,6 +5,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdlib>
+#include <exception>
 #include <mutex>
 #include <new>
 #include <thread>
@@ -59,9 +60,13 @@ class Pool {
   }
 
  private:
+  // As many workers as that, or as the system allows.
   void grow(int workers) {
-    for (int have = static_cast<int>(workers_.size()); have < workers; ++have) {
-      workers_.emplace_back([this] { serve(); });
+    try {
+      for (int have = static_cast<int>(workers_.size()); have < workers; ++have) {
+        workers_.emplace_back([this] { serve(); });
+      }
+    } catch (const std::exception&) {
     }
   }
 

@@ -1,6 +1,6 @@
-// The Python door: raw addresses and sizes in, nothing of torch or numpy. It checks every number that a kernel will
-// turn into an address, releases the GIL and calls the level in use. simvlm/kernels/attention/cpp_cpu.py is its only
-// caller.
+// The Python door: raw addresses and sizes in, nothing of torch or numpy. It checks the layout's integers, which
+// kernels turn into addresses, releases the GIL and calls the level in use. simvlm/kernels/attention/cpp_cpu.py is its
+// only caller.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -40,11 +40,12 @@ void check_ranges(const char* name, const int32_t* starts, const int32_t* lens, 
   int64_t end = 0;
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t start = padded ? 0 : starts[b], len = lens[b];
-    const std::string range =
-        std::string(name) + " rows " + std::to_string(start) + " to " + std::to_string(start + len);
-    if (start < 0 || len < 0 || start + len > rows) refuse(range + " of " + std::to_string(rows), b);
+    const auto range = [&] {
+      return std::string(name) + " rows " + std::to_string(start) + " to " + std::to_string(start + len);
+    };
+    if (start < 0 || len < 0 || start + len > rows) refuse(range() + " of " + std::to_string(rows), b);
     if (padded || !written) continue;
-    if (start < end) refuse(range + " after " + std::to_string(end) + " (ranges overlap or descend)", b);
+    if (start < end) refuse(range() + " after " + std::to_string(end) + " (ranges overlap or descend)", b);
     end = start + len;
   }
 }
@@ -60,7 +61,7 @@ struct Statics {
 AttentionShape checked_shape(int64_t bounds, const Statics& s, bool keys_written) {
   if (s.batch < 0 || s.heads < 1 || s.head_dim < 8 || s.head_dim > 128 || s.head_dim % 8 != 0 || s.dtype < 0 ||
       s.dtype > 2 || s.grid_height < 0 || s.grid_width < 0 || s.q_rows < 0 || s.k_rows < 0) {
-    throw py::value_error("prefix_attention: shape must be what the contract says");
+    throw py::value_error("prefix_attention: q must have at least one head and head_dim a multiple of 8 up to 128");
   }
   const auto* row = pointer<const int32_t>(bounds);
   const simvlm::Bounds at{row,

@@ -51,6 +51,7 @@ REFUSED = {
         ValueError,
         r"q must be contiguous in its last axis, got strides \(32, 1, 2\)",
     ),
+    "no heads": (attend(q=rows(6, 0, 16), k=rows(6, 0, 16)), ValueError, "q must have at least one head"),
     "head_dim 12": (
         attend(q=rows(6, 2, 12), k=rows(6, 2, 12)),
         ValueError,

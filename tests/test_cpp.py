@@ -55,6 +55,9 @@ def test_the_environment_forces_a_level_or_fails():
         done = _python(code, SIMVLM_CPU_LEVEL=name)
         assert (done.returncode == 0) == succeeds, done.stderr
         assert (name in done.stdout) if succeeds else ("SIMVLM_CPU_LEVEL must be" in done.stderr)
+    report = _python("from simvlm import cli; cli.main(['doctor'])", SIMVLM_CPU_LEVEL="avx1024")
+    assert report.returncode == 0
+    assert "SIMVLM_CPU_LEVEL must be" in report.stdout
 
 
 def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

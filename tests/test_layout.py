@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +77,18 @@ def test_the_flex_block_mask_is_the_same_mask(packed):
     for b in range(dense.shape[0]):
         got = block_mask.mask_mod(torch.tensor(b), torch.tensor(0), rows, torch.arange(dense.shape[2])[None, :])
         assert np.array_equal(got.numpy(), dense[b])
+
+
+def test_an_unpickled_layout_is_a_pytree_in_a_fresh_process():
+    layout = PrefixLayout.packed([3, 5], prefix_lens=0)
+    code = f"import jax, pickle; print(len(jax.tree_util.tree_leaves(pickle.loads({pickle.dumps(layout)!r}))[0]))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == f"{len(BOUNDS)}\n", done.stderr
+
+
+def test_bidirectional_may_be_written_out():
+    written = PrefixLayout.packed([2, 1], [5, 7], prefix_lens=[5, 7])
+    assert np.array_equal(written.bounds, PrefixLayout.packed([2, 1], [5, 7]).bounds)
 
 
 def test_pickle_and_pytrees():
@@ -163,6 +177,12 @@ REFUSED = {
         ValueError,
         r"image_grid must be \(Gh, Gw\)",
     ),
+    "grid beyond int32": (
+        lambda: PrefixLayout.packed([2], image_grid=(2**16, 2**16)),
+        ValueError,
+        "fewer than 2.*patches",
+    ),
+    "maximum negative": (lambda: PrefixLayout.packed([2], max_q_len=-1), ValueError, "max_q_len must be an integer of"),
     "grid with zero": (
         lambda: PrefixLayout.packed([2], image_grid=(0, 3)),
         ValueError,

@@ -87,14 +87,19 @@ def test_without_a_compiler_the_package_installs_and_says_why(copy_of_sources, t
     empty.mkdir()
     done = _build(copy_of_sources, tmp_path / "lib", PATH=str(empty), CXX="")
     assert done.returncode == 0, done.stderr
-    reason = copy_of_sources / "simvlm" / "_cpp_build_error.txt"
+    reason = tmp_path / "lib" / "simvlm" / "_cpp_build_error.txt"
     assert "no C++ compiler was found (Debian, Ubuntu: apt-get install g++)" in reason.read_text()
+    installed = tmp_path / "installed"
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", installed]
+    environment = os.environ | {"PATH": str(empty), "CXX": ""}
+    done = subprocess.run([*command, copy_of_sources], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     code = (  # without the finder of this checkout's editable install, which would lend its compiled module
         "import sys; sys.meta_path[:] = [finder for finder in sys.meta_path if 'Editable' not in repr(finder)];"
         "import torch; from simvlm import cli; from simvlm.kernels import PrefixLayout, prefix_attention;"
         "x = torch.ones(3, 1, 8); prefix_attention(x, x, x, PrefixLayout.packed([3])); cli.main(['doctor'])"
     )
-    report = _python(code, "-P", PYTHONPATH=str(copy_of_sources))
+    report = _python(code, "-P", PYTHONPATH=str(installed))
     assert "the C++ kernels are not built (no C++ compiler was found" in report
 
 

@@ -12,7 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from simvlm.kernels import parity
 from simvlm.kernels.attention import spec
 
-LONGEST = 12
+LENGTHS = st.integers(0, 12) | st.integers(0, 12) | st.sampled_from([15, 16, 17, 47, 48, 49, 63, 64, 65, 130, 193])
+"""Mostly short; sometimes about the edges of a kernel's tiles (48, 64) and chunks (192)."""
+ORACLE_PAIRS = 1500
+"""The naive loops take the short ones; float64 PyTorch, which agrees with them there, is the truth of the long ones."""
 
 
 @pytest.fixture(autouse=True)
@@ -28,9 +31,9 @@ def one_thread():
 def cases(draw) -> spec.Case:
     batch = draw(st.integers(0, 4))
     kind = draw(st.sampled_from(["bidirectional", "causal", "prefix", "cross", "decode"]))
-    lens = st.lists(st.integers(0, LONGEST), min_size=batch, max_size=batch).map(tuple)
+    lens = st.lists(LENGTHS, min_size=batch, max_size=batch).map(tuple)
     q_lens = draw(lens)
-    grid = draw(st.none() | st.tuples(st.integers(1, 4), st.integers(1, 4))) if kind != "cross" else None
+    grid = draw(st.none() | st.tuples(st.integers(1, 9), st.integers(1, 14))) if kind != "cross" else None
     k_lens = prefix_lens = q_offsets = None
     if kind == "cross":
         k_lens = draw(lens)
@@ -71,11 +74,13 @@ def _check(case: spec.Case, seed: int, half: str) -> None:
             name: parity.rounded(x, "float32" if name in parity.PARAMETERS else dtype)
             for name, x in spec.make_inputs(case, seed).items()
         }
-        truth = attention_oracle.on_case(case, inputs)
         yardstick = parity.run(spec, case, inputs, "torch", "reference", dtype)
         floors = spec.floors(case, inputs, dtype)
         exact = parity.run(spec, case, inputs, "torch", "reference", "float64")
         kernel = parity.run(spec, case, inputs, "torch", "cpp", dtype)
+        truth = exact
+        if sum(q * k for q, k in zip(case.q_lens, case.k_lens or case.q_lens, strict=True)) <= ORACLE_PAIRS:
+            truth = attention_oracle.on_case(case, inputs)
         for name, want in truth.items():
             attention_oracle.assert_same(exact[name], want, name)
             found = parity.compare(spec, name, dtype, kernel[name], want, yardstick[name], floors.get(name, (0.0, 0.0)))

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-FAMILIES = ("torch", "jax", "numpy")
+NAMES = ("cpp", "triton", "pallas", "xla", "reference")
+"""Of implementations, over all ops and families."""
 
 
 class UnsupportedError(ValueError):
@@ -99,13 +100,17 @@ def _family(cls: type) -> str | None:
 def checked_name(op: str, impls: tuple[Impl, ...], family: str, name: str | None) -> str | None:
     """Returns the asked-for row's name (argument first, then SIMVLM_IMPL), None for "the first that can".
 
+    SIMVLM_IMPL speaks to every op: where an op has no row of that name, it stays with the first that can.
+
     Raises:
-        ValueError: no row of this family has that name.
+        ValueError: no row of this family has the argument's name; SIMVLM_IMPL is the name of no implementation at all.
     """
+    names = [impl.name for impl in impls if impl.family == family]
     source = "impl"
     if name is None:
         name, source = os.environ.get("SIMVLM_IMPL") or None, "SIMVLM_IMPL"
-    names = [impl.name for impl in impls if impl.family == family]
+        if name in NAMES and name not in names:
+            return None
     if name is None or name in names:
         return name
     raise ValueError(
@@ -133,7 +138,8 @@ def select(op: str, impls: tuple[Impl, ...], family: str, name: str | None, *cal
         if reason is None:
             return impl.module
         refusals.append(f"{impl.name}: {reason}")
-    raise UnsupportedError(f"{op}: no implementation takes this call. " + "; ".join(refusals))
+    why = "; ".join(refusals) or f"there is none for {family} arrays yet"
+    raise UnsupportedError(f"{op}: no implementation takes this call. {why}")
 
 
 def statuses(impls: tuple[Impl, ...]) -> list[Status]:

@@ -99,6 +99,7 @@ def compare(
         ("largest", largest, spec.RATIO_MAX[dtype], floor[0]),
         ("rms", rms, spec.RATIO_RMS[dtype], floor[1]),
     ):
+        assert math.isfinite(measure(honest)), f"the yardstick itself overflows in {name}: choose smaller inputs"
         limit = ratio * measure(honest) + room
         if not measure(error) <= limit:
             found.append(Violation(name, label, measure(error), limit))

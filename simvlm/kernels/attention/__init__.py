@@ -99,6 +99,8 @@ def _check(family: str, q: Any, k: Any, v: Any, layout: PrefixLayout, rel_bias: 
                 f"{OP}: {name} must be contiguous in its last axis, got strides {strides(x)}: call .contiguous()"
             )
     heads, head_dim = q.shape[-2:]
+    if heads < 1:
+        raise ValueError(f"{OP}: q must have at least one head, got shape {tuple(q.shape)}")
     if head_dim % 8 or not 8 <= head_dim <= 128:
         raise ValueError(f"{OP}: head_dim (q's last axis) must be a multiple of 8 from 8 to 128, got {head_dim}")
     if tuple(k.shape) != tuple(v.shape):

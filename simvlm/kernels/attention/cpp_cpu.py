@@ -30,7 +30,10 @@ def _module() -> tuple[ModuleType | None, str | None]:
         build_error = Path(__file__).parents[2] / "_cpp_build_error.txt"
         why = build_error.read_text().strip() if build_error.exists() else str(error)
         return None, f"the C++ kernels are not built ({why}); reinstall with a C++ compiler"
-    _cpp.select_level(os.environ.get("SIMVLM_CPU_LEVEL") or None)
+    try:
+        _cpp.select_level(os.environ.get("SIMVLM_CPU_LEVEL") or None)
+    except ValueError as error:
+        return None, str(error)
     return _cpp, None
 
 

@@ -55,6 +55,11 @@ class PrefixLayout:
     def __post_init__(self) -> None:
         _register_pytrees()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickling makes no new object through __init__, and may be this process's first layout."""
+        self.__dict__.update(state)
+        _register_pytrees()
+
     # One property per row of `bounds`, so that readers meet the contract's names.
     q_starts = property(lambda self: self.bounds[0], doc="int32[B]: first query row of each sequence.")
     q_lens = property(lambda self: self.bounds[1], doc="int32[B]: number of queries.")
@@ -167,6 +172,8 @@ class PrefixLayout:
             raise ValueError(
                 "PrefixLayout: max_q_len and max_k_len must be given for traced lengths and lengths on a device"
             )
+        max_q_len = None if max_q_len is None else _static("max_q_len", max_q_len)
+        max_k_len = None if max_k_len is None else _static("max_k_len", max_k_len)
         q = read.lengths("q_lens", q_lens, _INT32_MAX if max_q_len is None else max_q_len)
         k = read.lengths("k_lens", k_lens, _INT32_MAX if max_k_len is None else max_k_len)
         max_q_len = int(q.max(initial=0)) if max_q_len is None else max_q_len
@@ -336,14 +343,15 @@ class _Reader:
                 "PrefixLayout: prefix_lens, q_offsets and image_grid must be None when cross=True "
                 "(cross-attention is bidirectional over another sequence's keys)"
             )
-        if prefix_lens is not None and q_offsets is None and not (own_keys or (self.on_host and np.array_equal(q, k))):
+        prefix = k if prefix_lens is None else self.lengths("prefix_lens", prefix_lens, key_limit)
+        harmless = own_keys or (self.on_host and (np.array_equal(q, k) or bool(np.all(prefix >= k))))
+        if prefix_lens is not None and q_offsets is None and not harmless:
             raise ValueError(
                 "PrefixLayout: q_offsets must be given for a causal or partial prefix where q_lens and k_lens differ, "
                 "got None: the first query would stand at key 0 and see one key; when decoding pass the cache length"
             )
         if has_image is not None and grid is None:
             raise ValueError("PrefixLayout: image_grid must be given when has_image is, got None")
-        prefix = k if prefix_lens is None else self.lengths("prefix_lens", prefix_lens, key_limit)
         offsets = self.lengths("q_offsets", 0 if q_offsets is None else q_offsets, _INT32_MAX // 2)
         has = self.array("has_image", True if has_image is None else has_image, "b", "bool")
         return prefix, offsets, has * (grid[0] * grid[1] if grid else 0)
@@ -369,6 +377,8 @@ def _grid(grid: Any) -> tuple[int, int] | None:
     sides = tuple(grid) if isinstance(grid, Sequence) else ()
     if len(sides) != 2 or not all(isinstance(side, (int, np.integer)) and side > 0 for side in sides):
         raise ValueError(f"PrefixLayout: image_grid must be (Gh, Gw), two positive integers, or None, got {grid!r}")
+    if sides[0] * sides[1] > _INT32_MAX:
+        raise ValueError(f"PrefixLayout: image_grid must have fewer than 2**31 patches, got {grid!r}")
     return int(sides[0]), int(sides[1])
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from simvlm.kernels import dispatch
 from simvlm.kernels.arrays import refuse_transforms
 from simvlm.kernels.attention import reference, table
-from simvlm.kernels.attention.layout import PrefixLayout
+from simvlm.kernels.attention.layout import BOUNDS, PrefixLayout
 
 _STATICS = "bool padded, bool cross, int[] image_grid, SymInt max_q_len, SymInt max_k_len, str impl"
 _LIBRARY = torch.library.Library("simvlm", "FRAGMENT")
@@ -54,6 +54,9 @@ def prefix_attention(
 
 
 def _layout(q: Tensor, k: Tensor, bounds: Tensor, padded: bool, cross: bool, grid: Any, *maxima: int) -> PrefixLayout:
+    if bounds.dtype != torch.int32 or bounds.ndim != 2 or bounds.shape[0] != len(BOUNDS):
+        got = f"{bounds.dtype}{list(bounds.shape)}"
+        raise ValueError(f"prefix_attention: bounds must be int32[{len(BOUNDS)}, B], got {got}")
     return PrefixLayout(
         bounds=bounds,
         padded_shape=(q.shape[1], k.shape[1]) if padded else None,
