@@ -1,0 +1,171 @@
+"""The order of samples, the mixture of every batch, and packing; a batch is a pure function of its step.
+
+Step s takes the pairs s·P … (s+1)·P - 1 and the documents s·D … (s+1)·D - 1 of two endless shuffled streams (P : D is
+the paper's 4,096 : 512). The state of the data is therefore one number, and a run that was killed goes on with the same
+samples, windows, crops and prefix lengths. A sample that is broken or too short is left out and reported in its batch;
+nothing is drawn in its place, so that no other sample moves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from simvlm.data import prefixes
+from simvlm.data.shards import BrokenSample, ImageTextShards, decode
+from simvlm.data.text import TextShards
+from simvlm.data.tokenizer import Tokenizer
+from simvlm.data.transforms import random_resized_crop
+from simvlm.model.batch import IGNORED, IMAGE_TEXT, TEXT_ONLY, Batch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Skipped:
+    """A sample that was left out of its batch."""
+
+    kind: str
+    shard: str
+    key: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixed:
+    """One step's data: the packed batch, and what is missing from it."""
+
+    step: int
+    batch: Batch
+    skipped: tuple[Skipped, ...]
+
+
+class Mixture:
+    """Assembles the batch of any step.
+
+    Args:
+        pairs, documents: the two sources; None for a run without one.
+        tokenizer: of the texts.
+        pairs_per_step, documents_per_step: composition of every batch.
+        image_size: side of the square pictures.
+        max_text_len: tokens of a text at the most; longer ones are cut to a window.
+        row_multiple: packed rows are padded to a multiple of it, so that few sizes occur.
+        seed: of the order and of everything drawn for a sample.
+    """
+
+    def __init__(
+        self,
+        pairs: ImageTextShards | None,
+        documents: TextShards | None,
+        tokenizer: Tokenizer,
+        *,
+        pairs_per_step: int,
+        documents_per_step: int,
+        image_size: int,
+        max_text_len: int = 256,
+        row_multiple: int = 64,
+        seed: int = 0,
+    ) -> None:
+        self.pairs, self.documents, self.tokenizer = pairs, documents, tokenizer
+        self.pairs_per_step = pairs_per_step if pairs is not None else 0
+        self.documents_per_step = documents_per_step if documents is not None else 0
+        if not self.pairs_per_step + self.documents_per_step:
+            raise ValueError("Mixture: a batch must hold at least one pair or document, got none of either")
+        self.image_size, self.max_text_len, self.row_multiple = image_size, max_text_len, row_multiple
+        self.seed = seed
+        self._pair_order = _order(pairs, seed) if self.pairs_per_step else None
+        self._document_order = _order(documents, seed + 1) if self.documents_per_step else None
+
+    def batch(self, step: int) -> Mixed:
+        """The batch of step `step`, counted from 0."""
+        rows: list[_Row] = []
+        skipped: list[Skipped] = []
+        for source, order, per_step, read in (
+            (IMAGE_TEXT, self._pair_order, self.pairs_per_step, self._pair),
+            (TEXT_ONLY, self._document_order, self.documents_per_step, self._document),
+        ):
+            for position in range(step * per_step, (step + 1) * per_step):
+                assert order is not None
+                index, epoch = int(order[position]), position // len(order)
+                try:
+                    rows.append(read(index, (self.seed, epoch, source, index)))
+                except BrokenSample as broken:
+                    skipped.append(Skipped(kind=broken.kind, shard=broken.shard, key=broken.key))
+        return Mixed(step, _pack(rows, self.image_size, self.row_multiple), tuple(skipped))
+
+    def iterate(self, first_step: int, steps: int, prefetch: int = 2) -> Iterator[Mixed]:
+        """The batches of steps first_step … steps-1, assembled ahead in a thread."""
+        remaining = grain.MapDataset.range(first_step, steps).map(self.batch)
+        return iter(remaining.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)))
+
+    def _pair(self, index: int, key: tuple[int, ...]) -> _Row:
+        assert self.pairs is not None
+        sample = self.pairs[index]
+        tokens = prefixes.window(self.tokenizer.encode(sample.text), self.max_text_len, *key)
+        if len(tokens) < 2:
+            raise BrokenSample("text too short", sample.shard, sample.key)
+        picture = decode(sample.image_bytes, shard=sample.shard, key=sample.key)
+        image = random_resized_crop(picture, self.image_size, *key)
+        return _Row(IMAGE_TEXT, index, prefixes.split(tokens, prefixes.prefix_length(len(tokens), True, *key)), image)
+
+    def _document(self, index: int, key: tuple[int, ...]) -> _Row:
+        assert self.documents is not None
+        document = self.documents[index]
+        tokens = prefixes.window(self.tokenizer.encode(document.text), self.max_text_len, *key)
+        if len(tokens) < 2:
+            raise BrokenSample("text too short", document.shard, document.key)
+        return _Row(TEXT_ONLY, index, prefixes.split(tokens, prefixes.prefix_length(len(tokens), False, *key)), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    source: int
+    sample_id: int
+    text: prefixes.Split
+    image: np.ndarray | None
+
+
+def _order(source: Any, seed: int) -> Any:
+    """An endless stream of indices: a fresh permutation of the source every epoch."""
+    if not len(source):
+        raise ValueError("Mixture: a source must hold at least one sample, got an empty one")
+    return _Stream(grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(), len(source))
+
+
+class _Stream:
+    def __init__(self, indices: Any, epoch_len: int) -> None:
+        self._indices, self._epoch_len = indices, epoch_len
+
+    def __getitem__(self, position: int) -> int:
+        return self._indices[position]
+
+    def __len__(self) -> int:
+        return self._epoch_len
+
+
+def _pack(rows: Sequence[_Row], image_size: int, multiple: int) -> Batch:
+    """The packed batch of some rows, padded with rows that no sequence owns."""
+
+    def joined(part: Callable[[_Row], Sequence[int]], fill: int) -> tuple[np.ndarray, np.ndarray]:
+        lens = np.array([len(part(row)) for row in rows], np.int32)
+        total = int(lens.sum())
+        room = np.full(max(-(-total // multiple), 1) * multiple, fill, np.int32)
+        room[:total] = [token for row in rows for token in part(row)]
+        return room, lens
+
+    encoder_text, encoder_text_lens = joined(lambda row: row.text.encoder_text, 0)
+    decoder_inputs, decoder_lens = joined(lambda row: row.text.decoder_inputs, 0)
+    targets, _ = joined(lambda row: row.text.targets, IGNORED)
+    images = [row.image for row in rows if row.image is not None]
+    return Batch(
+        images=np.stack(images) if images else np.zeros((0, image_size, image_size, 3), np.uint8),
+        has_image=np.array([row.image is not None for row in rows], bool),
+        encoder_text=encoder_text,
+        encoder_text_lens=encoder_text_lens,
+        decoder_inputs=decoder_inputs,
+        targets=targets,
+        decoder_lens=decoder_lens,
+        sources=np.array([row.source for row in rows], np.int8),
+        sample_ids=np.array([row.sample_id for row in rows], np.int64),
+    )
