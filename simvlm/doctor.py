@@ -25,6 +25,19 @@ def report() -> str:
     return "\n".join(lines)
 
 
+def variants() -> str:
+    """Exact parameter counts of every variant, with their breakdown (docs/model.md)."""
+    from simvlm.model import VARIANTS
+    from simvlm.model.config import parameter_counts
+
+    counts = {name: parameter_counts(config) for name, config in VARIANTS.items()}
+    parts = list(next(iter(counts.values())))
+    lines = [f"{'parameters':12}" + "".join(f"{name:>16}" for name in counts)]
+    for part in parts:
+        lines.append(f"{part:12}" + "".join(f"{count[part]:>16,}" for count in counts.values()))
+    return "\n".join(lines)
+
+
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
