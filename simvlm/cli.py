@@ -9,7 +9,11 @@ from collections.abc import Sequence
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand; returns the exit status."""
-    arguments = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    # pretrain's options are its settings' fields, which another parser knows.
+    own, settings = (argv[:1], argv[1:]) if argv[:1] == ["pretrain"] else (argv, [])
+    arguments = _parser().parse_args(own)
+    arguments.settings = settings
     try:
         print(arguments.run(arguments))
     except (OSError, ValueError) as error:  # what a user can mend; anything else is a bug and shows its traceback
@@ -42,6 +46,9 @@ def _parser() -> argparse.ArgumentParser:
     tokenizer.add_argument("--documents", nargs="+", help="jsonl or jsonl.gz shards")
     tokenizer.add_argument("--vocab-size", type=int, default=32_000, help="pieces (default: %(default)s)")
     tokenizer.set_defaults(run=_data_tokenizer)
+
+    pretrain = commands.add_parser("pretrain", help="train on image-text pairs and documents (--help: all settings)")
+    pretrain.set_defaults(run=_pretrain)
     return parser
 
 
@@ -66,6 +73,12 @@ def _data_tokenizer(arguments: argparse.Namespace) -> str:
     return data_tokenizer(
         arguments.path, pairs=arguments.pairs, documents=arguments.documents, vocab_size=arguments.vocab_size
     )
+
+
+def _pretrain(arguments: argparse.Namespace) -> str:
+    from simvlm.train.pretrain import main as pretrain
+
+    return pretrain(arguments.settings)
 
 
 if __name__ == "__main__":

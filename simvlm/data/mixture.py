@@ -99,6 +99,12 @@ class Mixture:
         remaining = grain.MapDataset.range(first_step, steps).map(self.batch)
         return iter(remaining.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)))
 
+    def where(self, source: int, index: int) -> tuple[str, str]:
+        """(shard, key) of a sample, by its entry in a batch's `sources` and `sample_ids`."""
+        shards = self.pairs if source == IMAGE_TEXT else self.documents
+        assert shards is not None
+        return shards.where(index)
+
     def _pair(self, index: int, key: tuple[int, ...]) -> _Row:
         assert self.pairs is not None
         sample = self.pairs[index]

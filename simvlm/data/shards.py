@@ -92,6 +92,10 @@ class ImageTextShards:
         with open(shard, "rb") as file:
             return Sample(key, shard, _read(file, image), _text(file, text, meta, shard, key))
 
+    def where(self, i: int) -> tuple[str, str]:
+        """(shard, key) of pair i."""
+        return self._locate(i)[:2]
+
     def text(self, i: int) -> str:
         """The text of pair i alone."""
         shard, key, (_, text, meta) = self._locate(i)

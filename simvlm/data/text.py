@@ -60,20 +60,27 @@ class TextShards:
         Raises:
             BrokenSample: its line is no JSON object, or has no text.
         """
-        if not 0 <= i < len(self):
-            raise IndexError(f"TextShards: index must be in 0 … {len(self) - 1}, got {i}")
-        which = int(np.searchsorted(self._ends, i, side="right"))
-        shard, lines = self.shards[which], self._lines[which]
-        row = i - (int(self._ends[which]) - len(lines))
-        key = str(row)
+        which, row = self._locate(i)
+        shard, key = self.shards[which], str(row)
         try:
-            found: Any = json.loads(self._read(shard, *lines[row].tolist()))
+            found: Any = json.loads(self._read(shard, *self._lines[which][row].tolist()))
             text, lang = found["text"], found.get("lang")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BrokenSample("broken json", shard, key) from error
         if not isinstance(text, str) or not text.strip():
             raise BrokenSample("empty text", shard, key)
         return Document(key, shard, text, lang)
+
+    def where(self, i: int) -> tuple[str, str]:
+        """(shard, key) of document i."""
+        which, row = self._locate(i)
+        return self.shards[which], str(row)
+
+    def _locate(self, i: int) -> tuple[int, int]:
+        if not 0 <= i < len(self):
+            raise IndexError(f"TextShards: index must be in 0 … {len(self) - 1}, got {i}")
+        which = int(np.searchsorted(self._ends, i, side="right"))
+        return which, i - (int(self._ends[which]) - len(self._lines[which]))
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker opens its own shards.

@@ -16,6 +16,8 @@ from simvlm.model.config import SimVLMConfig
 
 IMAGE_TEXT, TEXT_ONLY = 0, 1
 """Values of `Batch.sources`."""
+SOURCES = ("image_text", "text_only")
+"""Their names, in order."""
 IGNORED = -100
 """A target without loss."""
 

@@ -1,0 +1,112 @@
+"""`simvlm pretrain`: from settings to a trained model."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from simvlm.data.mixture import Mixture
+from simvlm.data.shards import ImageTextShards
+from simvlm.data.text import TextShards
+from simvlm.data.tokenizer import Tokenizer
+from simvlm.model.config import VARIANTS, SimVLMConfig, variant
+from simvlm.train import checkpoint, loop
+from simvlm.train import settings as run_settings
+from simvlm.train.settings import PretrainSettings
+
+_DESCRIPTION = """PrefixLM pretraining.
+
+--config FILE takes the settings of a YAML file, as run.yaml of a run's folder; options given beside it win.
+--resume FOLDER goes on with the run in that folder, with its own settings; options given beside it win.
+"""
+
+
+def pretrain(settings: PretrainSettings, *, resume: bool = False) -> Path:
+    """Trains, and returns the folder of the last checkpoint, which `simvlm.load` reads.
+
+    Args:
+        settings: of the run; written to `run.yaml` in its folder.
+        resume: go on from the newest checkpoint of `settings.out`.
+
+    Raises:
+        ValueError, OSError: a setting, a file or the training itself is at fault; see `simvlm.train.loop.train`.
+        Interrupted: it was stopped, and saved itself.
+    """
+    run_settings.check(settings)
+    folder = Path(settings.out)
+    found = checkpoint.newest(folder)
+    if resume and found is None:
+        raise FileNotFoundError(f"resume: {folder} holds no checkpoint")
+    if not resume and (found is not None or (folder / loop.LOG).exists()):
+        raise FileExistsError(
+            f"out: {folder} holds a run already; --resume {folder} goes on with it, another --out begins anew"
+        )
+    tokenizer = Tokenizer(settings.data.tokenizer)
+    config = model_config(settings, tokenizer.vocab_size)
+    mixture = data(settings, tokenizer, config)
+    from simvlm.train.torch_engine import TorchEngine
+
+    engine = TorchEngine(settings, config)
+    settings = dataclasses.replace(settings, device=engine.device.type, precision=engine.precision)
+    folder.mkdir(parents=True, exist_ok=True)
+    run_settings.save(settings, folder)
+    return loop.train(engine, mixture, settings, image_len=config.image_len)
+
+
+def model_config(settings: PretrainSettings, vocab_size: int) -> SimVLMConfig:
+    """The architecture of `settings.variant`, with the tokenizer's vocabulary."""
+    if settings.variant in VARIANTS or not settings.variant.endswith(".json"):
+        config = variant(settings.variant)
+    else:
+        values = json.loads(Path(settings.variant).read_text())
+        config = SimVLMConfig.from_dict(
+            {k: v for k, v in values.items() if k not in ("model_type", "tokenizer_sha256")}
+        )
+    image_size = config.image_size if settings.image_size is None else settings.image_size
+    return dataclasses.replace(config, vocab_size=vocab_size, image_size=image_size)
+
+
+def data(settings: PretrainSettings, tokenizer: Tokenizer, config: SimVLMConfig) -> Mixture:
+    """The mixture of the settings' shards."""
+    chosen = settings.data
+    return Mixture(
+        ImageTextShards(chosen.pairs) if chosen.pairs else None,
+        TextShards(chosen.documents) if chosen.documents else None,
+        tokenizer,
+        pairs_per_step=chosen.pairs_per_step,
+        documents_per_step=chosen.documents_per_step,
+        image_size=config.image_size,
+        max_text_len=config.max_text_len,
+        seed=settings.seed,
+    )
+
+
+def main(argv: Sequence[str]) -> str:
+    """`simvlm pretrain …`: options over a YAML file over defaults; returns what to print."""
+    import tyro
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    parser.add_argument("--resume")
+    files, options = parser.parse_known_args(argv)
+    default: dict[str, Any] = {}
+    if files.resume is not None:
+        own = run_settings.load(Path(files.resume) / run_settings.FILE)
+        default["default"] = dataclasses.replace(own, out=files.resume)
+    elif files.config is not None:
+        default["default"] = run_settings.load(Path(files.config))
+    settings = tyro.cli(
+        PretrainSettings,
+        args=options,
+        prog="simvlm pretrain",
+        description=_DESCRIPTION,
+        **default,
+    )
+    try:
+        return f"trained: {pretrain(settings, resume=files.resume is not None)}"
+    except loop.Interrupted as stopped:
+        return f"stopped after step {stopped.step}, saved; `simvlm pretrain --resume {settings.out}` goes on"

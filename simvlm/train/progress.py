@@ -1,0 +1,74 @@
+"""What a run shows while it trains: a line that moves (rich) and TensorBoard's curves."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+_SECONDS_BETWEEN_LINES = 15.0
+_NOT_CURVES = ("step", "sample_ids_sha256")
+
+
+class Display:
+    """On a terminal a bar with the time left; into a file or pipe a line now and then.
+
+    Args:
+        folder: of the run; curves go to `tensorboard/` in it.
+        steps: of the whole run.
+        first_step: steps that were done before.
+    """
+
+    def __init__(self, folder: Path, steps: int, first_step: int) -> None:
+        # torch's writer: it needs the tensorboard package alone, not TensorFlow.
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._console = Console(stderr=True)
+        self._curves = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+        self._progress = Progress(
+            TextColumn("step {task.completed:.0f} of {task.total:.0f}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+            console=self._console,
+            disable=not self._console.is_terminal,
+            speed_estimate_period=120,
+        )
+        self._task = self._progress.add_task("", total=steps, completed=first_step)
+        self._steps, self._first_step = steps, first_step
+        self._began = self._last_line = time.monotonic()
+
+    def __enter__(self) -> Display:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._progress.stop()
+        self._curves.close()
+
+    def show(self, entry: dict[str, Any]) -> None:
+        """One line of the log."""
+        for name, value in entry.items():
+            if name not in _NOT_CURVES:
+                self._curves.add_scalar(name, value, entry["step"])
+        text = (
+            f"loss {entry['loss']:.3f}  {entry['samples_per_s']:.0f} samples/s  {entry['tokens_per_s']:.0f} tokens/s  "
+            f"waiting for data {entry['data_wait_share']:.0%}"
+        )
+        if entry["skipped"]:
+            text += f"  skipped {entry['skipped']}"
+        self._progress.update(self._task, completed=entry["step"], description=text)
+        now, step = time.monotonic(), entry["step"]
+        if not self._console.is_terminal and (now - self._last_line >= _SECONDS_BETWEEN_LINES or step == self._steps):
+            self._last_line = now
+            left = (now - self._began) / (step - self._first_step) * (self._steps - step)
+            self._console.print(f"step {step} of {self._steps}  {text}  left {left / 60:.1f} min", soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        """A message that stays."""
+        self._console.print(text, soft_wrap=True, highlight=False, markup=False)

@@ -1,0 +1,171 @@
+"""What describes one pretraining run: a tree of dataclasses, set from YAML and options, saved beside the run."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+from simvlm.kernels.dispatch import did_you_mean
+
+FILE = "run.yaml"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """What is read, and how much of it in every step."""
+
+    pairs: tuple[str, ...] = ()
+    """tar shards of image-text pairs: paths, globs, {00000..00031}"""
+    documents: tuple[str, ...] = ()
+    """jsonl or jsonl.gz shards of texts without pictures"""
+    tokenizer: str = ""
+    """the SentencePiece model"""
+    pairs_per_step: int = 4096
+    """of every batch (the paper's number)"""
+    documents_per_step: int = 512
+    """of every batch (the paper's number)"""
+    max_skipped_share: float = 0.05
+    """the run stops when more than this share of the samples is broken"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """AdamW with linear warm-up, then linear decay to 0."""
+
+    lr: float = 5e-4
+    """the largest learning rate"""
+    warmup: float = 0.02
+    """share of the steps before it is reached"""
+    beta1: float = 0.9
+    beta2: float = 0.999
+    weight_decay: float = 0.01
+    """of matrices and convolutions; vectors, embeddings of places and tables of biases have none"""
+    max_grad_norm: float | None = None
+    """gradients are scaled down to this norm; None: as they are"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainSettings:
+    """PrefixLM pretraining of one model."""
+
+    out: str
+    """the run's folder"""
+    variant: str = "base"
+    """a size by name (`simvlm doctor --variants`), or the path of a config.json; the vocabulary is the tokenizer's"""
+    image_size: int | None = None
+    """side of the pictures in pixels; None: the variant's"""
+    steps: int = 1_000_000
+    """of the optimizer, over the whole run"""
+    seed: int = 0
+    """of the weights, the order of the samples and everything drawn for them"""
+    data: DataSettings = DataSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    loss_weights: tuple[float, float] = (1.0, 1.0)
+    """of a token of an image-text pair and of one of a document"""
+    device: str = "auto"
+    """"cpu", "cuda", …; auto: the GPU where there is one"""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of products and activations, weights being float32; auto: bfloat16 where the processor multiplies it"""
+    impl: str | None = None
+    """the kernels by name (`simvlm doctor`); None: the best that takes each call"""
+    log_every: int = 10
+    """steps"""
+    checkpoint_every: int = 1000
+    """steps"""
+    keep: int = 3
+    """checkpoints; older ones are removed"""
+
+
+def check(settings: PretrainSettings) -> None:
+    """
+    Raises:
+        ValueError: a setting is out of range; it is named.
+    """
+    data, optimizer = settings.data, settings.optimizer
+    _require("data.tokenizer", bool(data.tokenizer), "a SentencePiece model", repr(data.tokenizer))
+    _require("data.pairs, data.documents", bool(data.pairs or data.documents), "some shards", "neither")
+    for name in ("steps", "log_every", "checkpoint_every", "keep"):
+        _require(name, getattr(settings, name) >= 1, "at least 1", getattr(settings, name))
+    for name in ("pairs_per_step", "documents_per_step"):
+        _require(f"data.{name}", getattr(data, name) >= 0, "at least 0", getattr(data, name))
+    _require("data.max_skipped_share", 0 <= data.max_skipped_share <= 1, "from 0 to 1", data.max_skipped_share)
+    _require("optimizer.lr", optimizer.lr > 0, "above 0", optimizer.lr)
+    _require("optimizer.warmup", 0 <= optimizer.warmup < 1, "at least 0 and below 1", optimizer.warmup)
+    for name in ("beta1", "beta2"):
+        value = getattr(optimizer, name)
+        _require(f"optimizer.{name}", 0 <= value < 1, "at least 0 and below 1", value)
+    _require("optimizer.weight_decay", optimizer.weight_decay >= 0, "at least 0", optimizer.weight_decay)
+    norm = optimizer.max_grad_norm
+    _require("optimizer.max_grad_norm", norm is None or norm > 0, "above 0, or None", norm)
+    weights = settings.loss_weights
+    _require("loss_weights", min(weights) >= 0 and max(weights) > 0, "at least 0, one above it", weights)
+
+
+def _require(name: str, fine: bool, what: str, got: Any) -> None:
+    if not fine:
+        raise ValueError(f"{name} must be {what}, got {got}")
+
+
+def save(settings: PretrainSettings, folder: Path) -> None:
+    """Writes `run.yaml`."""
+    import yaml
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, tuple) else value
+
+    values = plain(dataclasses.asdict(settings))
+    (folder / FILE).write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+def load(path: Path) -> PretrainSettings:
+    """The settings of a YAML file; what it leaves out has its default.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, or it is not what this module describes; the field is named.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} must be YAML, got {' '.join(str(error).split())}") from error
+    if isinstance(values, dict):
+        values.setdefault("out", str(path.parent))
+    return _built(PretrainSettings, values, str(path))
+
+
+def _built(kind: Any, value: Any, where: str) -> Any:
+    """`value`, as YAML gives it, as a `kind`."""
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} must hold names and values, got {value!r}")
+        hints = typing.get_type_hints(kind)
+        for name in value:
+            if name not in hints:
+                raise ValueError(f"{where}: no setting is called {name!r}{did_you_mean(str(name), list(hints))}")
+        return kind(**{name: _built(hints[name], item, f"{where}: {name}") for name, item in value.items()})  # type: ignore[operator]
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is tuple:
+        if not isinstance(value, list) or (parts[-1] is not ... and len(value) != len(parts)):
+            raise ValueError(f"{where} must be a list{'' if parts[-1] is ... else f' of {len(parts)}'}, got {value!r}")
+        return tuple(_built(parts[0], item, where) for item in value)
+    if origin is types.UnionType:  # X | None
+        return None if value is None else _built(parts[0], value, where)
+    if origin is Literal:
+        if value not in parts:
+            raise ValueError(f"{where} must be one of {list(parts)}, got {value!r}{did_you_mean(str(value), parts)}")
+        return value
+    try:  # YAML reads 1e-3 as text, 1 as an integer
+        converted = kind(value)
+    except (TypeError, ValueError):
+        converted = None
+    if converted is None or isinstance(value, bool) or (kind is str and not isinstance(value, str)):
+        raise ValueError(f"{where} must be {kind.__name__}, got {value!r}")
+    if kind is int and converted != value:
+        raise ValueError(f"{where} must be int, got {value!r}")
+    return converted
