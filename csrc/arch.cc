@@ -4,10 +4,14 @@
 #include <cstring>
 
 // SIMVLM_LEVELS is X(baseline) X(avx2) …: the levels that CMakeLists.txt compiled, in order.
-#define X(level)                                     \
-  namespace simvlm::level {                          \
-  bool attention_forward(const AttentionForward&);   \
-  bool attention_backward(const AttentionBackward&); \
+#define X(level)                                                \
+  namespace simvlm::level {                                     \
+  bool attention_forward(const AttentionForward&);              \
+  bool attention_backward(const AttentionBackward&);            \
+  bool norm_statistics(const NormStatistics&);                  \
+  bool norm_apply(const NormApply&);                            \
+  bool norm_backward_reductions(const NormBackwardReductions&); \
+  bool norm_backward_apply(const NormBackwardApply&);           \
   }
 SIMVLM_LEVELS
 #undef X
@@ -15,7 +19,14 @@ SIMVLM_LEVELS
 namespace simvlm {
 namespace {
 
-#define X(level) {#level, level::attention_forward, level::attention_backward},
+#define X(level)                    \
+  {#level,                          \
+   level::attention_forward,        \
+   level::attention_backward,       \
+   level::norm_statistics,          \
+   level::norm_apply,               \
+   level::norm_backward_reductions, \
+   level::norm_backward_apply},
 constexpr Kernels table[] = {SIMVLM_LEVELS};
 #undef X
 constexpr int table_size = sizeof(table) / sizeof(table[0]);

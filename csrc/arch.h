@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention.h"
+#include "stem.h"
 
 namespace simvlm {
 
@@ -10,6 +11,10 @@ struct Kernels {
   const char* level;
   bool (*attention_forward)(const AttentionForward&);
   bool (*attention_backward)(const AttentionBackward&);
+  bool (*norm_statistics)(const NormStatistics&);
+  bool (*norm_apply)(const NormApply&);
+  bool (*norm_backward_reductions)(const NormBackwardReductions&);
+  bool (*norm_backward_apply)(const NormBackwardApply&);
 };
 
 // The levels compiled in, from the plainest on, and their number.

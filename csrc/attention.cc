@@ -24,10 +24,6 @@ constexpr int64_t query_tile = 48;    // a multiple of the product's 6 rows
 constexpr int64_t query_chunk = 192;  // a forward task's queries: packing a key block is shared by four tiles
 constexpr float infinity = std::numeric_limits<float>::infinity();
 
-SIMVLM_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-SIMVLM_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-SIMVLM_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
 // ---- products -------------------------------------------------------------------------------------------------------
 
 // C[rows, vectors·lanes] (+)= A·B over `depth`: A's element (m, k) at a + m·a_row + k·a_col, B and C row-major.
@@ -149,22 +145,14 @@ template <class Float>
 SIMVLM_INLINE void widen_row(const typename Float::Storage* from, int64_t width, float* to) {
   int64_t h = 0;
   for (; h + lanes <= width; h += lanes) store(to + h, Float::widen(from + h));
-  if (h < width) {
-    typename Float::Storage rest[lanes] = {};
-    __builtin_memcpy(rest, from + h, sizeof(rest[0]) * static_cast<size_t>(width - h));
-    store(to + h, Float::widen(rest));
-  }
+  if (h < width) store(to + h, widen_part<Float>(from + h, width - h));
 }
 
 template <class Float>
 SIMVLM_INLINE void narrow_row(const float* from, int64_t width, float factor, typename Float::Storage* to) {
   int64_t h = 0;
   for (; h + lanes <= width; h += lanes) Float::narrow(to + h, load(from + h) * factor);
-  if (h < width) {
-    typename Float::Storage rest[lanes];
-    Float::narrow(rest, load(from + h) * factor);
-    __builtin_memcpy(to + h, rest, sizeof(rest[0]) * static_cast<size_t>(width - h));
-  }
+  if (h < width) narrow_part<Float>(to + h, load(from + h) * factor, width - h);
 }
 
 // Rows [first, first + count) of the sequence as float32 [count, padded_width].

@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-namespace simvlm {
+#include "dtype.h"
 
-enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
+namespace simvlm {
 
 // One of q, k, v, out and their gradients: element (b, row, n, h) of a padded tensor [B, T, N, H] lies at
 // data + b·batch + row·row_stride + n·head + h, counted in elements; a packed tensor [R, N, H] has batch = 0 and its

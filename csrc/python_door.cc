@@ -1,6 +1,5 @@
-// The Python door: raw addresses and sizes in, nothing of torch or numpy. It checks the layout's integers, which
-// kernels turn into addresses, releases the GIL and calls the level in use. simvlm/kernels/attention/cpp_cpu.py is its
-// only caller.
+// The Python door: raw addresses and sizes in, nothing of torch or numpy. It checks the integers that kernels turn into
+// addresses, releases the GIL and calls the level in use. The files cpp_cpu.py in simvlm/kernels/ are its only callers.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -138,6 +137,81 @@ void attention_backward(const Strided& q, const Strided& k, const Strided& v, co
   if (!simvlm::kernels().attention_backward(problem)) throw std::bad_alloc();
 }
 
+// ---- the stem -------------------------------------------------------------------------------------------------------
+
+struct NormStatics {
+  std::array<int64_t, 4> shape;  // B, Hh, Ww, C
+  int dtype, threads;
+};
+
+simvlm::NormShape checked_shape(const NormStatics& s) {
+  const auto& [batch, height, width, channels] = s.shape;
+  if (batch < 0 || height < 0 || width < 0 || channels < 1 || s.dtype < 0 || s.dtype > 2) {
+    throw py::value_error("batch_norm_act: x must have at least one channel and no negative size");
+  }
+  return {batch, height, width, channels, static_cast<simvlm::DType>(s.dtype), s.threads < 1 ? 1 : s.threads};
+}
+
+simvlm::Images images(const Strided& x) { return {reinterpret_cast<void*>(x[0]), x[1], x[2], x[3]}; }
+
+// Addresses of mean, var, weight, bias and branch_scale.
+simvlm::NormGiven given(const std::array<int64_t, 5>& vectors, double eps, bool relu) {
+  return {pointer<const float>(vectors[0]),
+          pointer<const float>(vectors[1]),
+          pointer<const float>(vectors[2]),
+          pointer<const float>(vectors[3]),
+          pointer<const float>(vectors[4]),
+          eps,
+          relu};
+}
+
+void batch_norm_statistics(const Strided& x, int64_t mean, int64_t var, const std::array<int64_t, 4>& shape, int dtype,
+                           int threads) {
+  const simvlm::NormStatistics problem{checked_shape({shape, dtype, threads}), images(x), pointer<float>(mean),
+                                       pointer<float>(var)};
+  py::gil_scoped_release released;
+  if (!simvlm::kernels().norm_statistics(problem)) throw std::bad_alloc();
+}
+
+void batch_norm_apply(const Strided& x, const Strided& residual, int64_t y, const std::array<int64_t, 5>& vectors,
+                      double eps, bool relu, const std::array<int64_t, 4>& shape, int dtype, int threads) {
+  const simvlm::NormApply problem{checked_shape({shape, dtype, threads}), given(vectors, eps, relu), images(x),
+                                  images(residual), pointer<void>(y)};
+  py::gil_scoped_release released;
+  if (!simvlm::kernels().norm_apply(problem)) throw std::bad_alloc();
+}
+
+void batch_norm_backward_reductions(const Strided& x, int64_t dy, int64_t y, int64_t dresidual, int64_t sum_dz,
+                                    int64_t sum_dz_norm, const std::array<int64_t, 5>& vectors, double eps, bool relu,
+                                    const std::array<int64_t, 4>& shape, int dtype, int threads) {
+  const simvlm::NormBackwardReductions problem{checked_shape({shape, dtype, threads}),
+                                               given(vectors, eps, relu),
+                                               images(x),
+                                               pointer<const void>(dy),
+                                               pointer<const void>(y),
+                                               pointer<void>(dresidual),
+                                               pointer<float>(sum_dz),
+                                               pointer<float>(sum_dz_norm)};
+  py::gil_scoped_release released;
+  if (!simvlm::kernels().norm_backward_reductions(problem)) throw std::bad_alloc();
+}
+
+void batch_norm_backward_apply(const Strided& x, int64_t dy, int64_t mean_dz, int64_t mean_dz_norm, int64_t dx,
+                               const std::array<int64_t, 5>& vectors, double eps, bool relu,
+                               const std::array<int64_t, 4>& shape, int dtype, int threads) {
+  const simvlm::NormBackwardApply problem{checked_shape({shape, dtype, threads}),
+                                          given(vectors, eps, relu),
+                                          images(x),
+                                          pointer<const void>(dy),
+                                          pointer<const float>(mean_dz),
+                                          pointer<const float>(mean_dz_norm),
+                                          pointer<void>(dx)};
+  py::gil_scoped_release released;
+  if (!simvlm::kernels().norm_backward_apply(problem)) throw std::bad_alloc();
+}
+
+// ---- CPU levels -----------------------------------------------------------------------------------------------------
+
 // Every compiled level and whether this processor runs it.
 std::vector<std::pair<std::string, bool>> levels() {
   int count = 0;
@@ -169,6 +243,10 @@ PYBIND11_MODULE(_cpp, m) {
   m.attr("source_hash") = SIMVLM_SOURCE_HASH;
   m.def("attention_forward", &attention_forward);
   m.def("attention_backward", &attention_backward);
+  m.def("batch_norm_statistics", &batch_norm_statistics);
+  m.def("batch_norm_apply", &batch_norm_apply);
+  m.def("batch_norm_backward_reductions", &batch_norm_backward_reductions);
+  m.def("batch_norm_backward_apply", &batch_norm_backward_apply);
   m.def("levels", &levels, "(name, runs here) of every compiled CPU level, the plainest first.");
   m.def("level", [] { return std::string(simvlm::kernels().level); }, "The CPU level in use.");
   m.def("select_level", &select_level, "Uses the named CPU level from now on; None: the newest that runs here.");

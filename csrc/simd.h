@@ -20,6 +20,10 @@
 namespace simvlm::SIMVLM_LEVEL {
 namespace {
 
+SIMVLM_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+SIMVLM_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+SIMVLM_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
 #if defined(__AVX512F__)
 constexpr int64_t lanes = 16;
 constexpr int registers = 32;
@@ -159,6 +163,21 @@ struct Float16 {
   }
 #endif
 };
+
+// The first `count` < lanes elements of a vector, zeros after them: nothing beyond them is touched.
+template <class Float>
+SIMVLM_INLINE vfloat widen_part(const typename Float::Storage* from, int64_t count) {
+  typename Float::Storage part[lanes] = {};
+  __builtin_memcpy(part, from, sizeof(part[0]) * static_cast<size_t>(count));
+  return Float::widen(part);
+}
+
+template <class Float>
+SIMVLM_INLINE void narrow_part(typename Float::Storage* to, vfloat v, int64_t count) {
+  typename Float::Storage part[lanes];
+  Float::narrow(part, v);
+  __builtin_memcpy(to, part, sizeof(part[0]) * static_cast<size_t>(count));
+}
 
 }  // namespace
 }  // namespace simvlm::SIMVLM_LEVEL

@@ -17,7 +17,7 @@ import pytest
 from attend import attend
 
 from simvlm import _cpp
-from simvlm.kernels import PrefixLayout, prefix_attention
+from simvlm.kernels import PrefixLayout, batch_norm_act, prefix_attention
 
 ROOT = Path(__file__).parents[1]
 
@@ -176,20 +176,26 @@ def test_scale_of_minus_infinity_scores_is_no_nan():
     assert math.isfinite(float(out.sum()))
 
 
+def _at_an_odd_address(array: np.ndarray) -> np.ndarray:
+    room = np.zeros(array.nbytes + 1, np.uint8)
+    room[1:] = np.frombuffer(array.tobytes(), np.uint8)
+    odd = np.frombuffer(room.data, array.dtype, array.size, 1).reshape(array.shape)
+    assert odd.__array_interface__["data"][0] % array.itemsize
+    return odd
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_addresses_may_be_odd(dtype):
     """numpy arrays whose elements are not aligned even to their own size."""
-    size = np.dtype(dtype).itemsize
     rng = np.random.default_rng(0)
     x = rng.standard_normal((3, 40, 2, 24)).astype(dtype)
     layout = PrefixLayout.packed([30, 10], prefix_lens=[7, 0])
-    odd = []
-    for array in x:
-        room = np.zeros(array.nbytes + 1, np.uint8)
-        room[1:] = np.frombuffer(array.tobytes(), np.uint8)
-        odd.append(np.frombuffer(room.data, dtype, array.size, 1).reshape(array.shape))
-        assert odd[-1].__array_interface__["data"][0] % size
+    odd = [_at_an_odd_address(array) for array in x]
     assert np.array_equal(prefix_attention(*odd, layout), prefix_attention(*x, layout))
+    images, vectors = x.reshape(3, 8, 10, 24), rng.random((3, 24), np.float32)
+    want = batch_norm_act(images, *vectors[:2], branch_scale=vectors[2, :3])
+    got = batch_norm_act(*map(_at_an_odd_address, (images, *vectors[:2])), branch_scale=vectors[2, :3])
+    assert all(map(np.array_equal, got, want))
 
 
 def test_negative_strides():
@@ -198,3 +204,7 @@ def test_negative_strides():
     layout = PrefixLayout.packed([9], prefix_lens=4)
     straight = prefix_attention(*(np.ascontiguousarray(x) for x in (q, k, v)), layout)
     assert np.array_equal(prefix_attention(q, k, v, layout), straight)
+    x, residual = (rng.standard_normal((3, 4, 5, 16), np.float32)[::-1, :, ::-1] for _ in range(2))
+    weight, bias = rng.random((2, 16), np.float32)
+    straight = batch_norm_act(np.ascontiguousarray(x), weight, bias, residual=np.ascontiguousarray(residual))
+    assert all(map(np.array_equal, batch_norm_act(x, weight, bias, residual=residual), straight))

@@ -259,3 +259,26 @@ def test_the_same_call_is_bit_equal(op, dtype):
         np.array_equal(a.double().numpy(), b.double().numpy(), equal_nan=True)
         for a, b in zip(first, second, strict=True)
     )
+
+
+CHUNKED = {
+    "batch_norm_act": batch_norm_spec.Case(
+        name="chunked", shape=(3, 20, 33, 80), residual=True, branch_scale=(1.25, 0.0, 1.0)
+    ),
+}
+"""Calls large enough for the C++ kernels to wake more threads than one."""
+
+
+@pytest.mark.parametrize("dtype", batch_norm_spec.DTYPES)
+@pytest.mark.parametrize("op", CHUNKED)
+def test_the_number_of_threads_changes_nothing(op, dtype):
+    spec, case, before = SPECS[op], CHUNKED[op], torch.get_num_threads()
+    tensors = tensors_of(spec, case, parity.DTYPES[dtype])
+    try:
+        torch.set_num_threads(1)
+        alone = everything(spec, case, tensors, "cpp")
+        for threads in (2, 3, 8):
+            torch.set_num_threads(threads)
+            assert all(map(torch.equal, everything(spec, case, tensors, "cpp"), alone))
+    finally:
+        torch.set_num_threads(before)

@@ -6,57 +6,33 @@ backward: q, k, v, out and lse. Limits: float32, bfloat16, float16; the host onl
 
 from __future__ import annotations
 
-import functools
 import math
-import os
 import sys
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from simvlm.kernels import cpp_module
 from simvlm.kernels.attention.layout import PrefixLayout
-
-_DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
-
-
-@functools.cache
-def _module() -> tuple[ModuleType | None, str | None]:
-    """(the compiled module, None) or (None, why there is none)."""
-    try:
-        from simvlm import _cpp
-    except ImportError as error:
-        build_error = Path(__file__).parents[2] / "_cpp_build_error.txt"
-        why = build_error.read_text().strip() if build_error.exists() else str(error)
-        return None, f"the C++ kernels are not built ({why}); reinstall with a C++ compiler"
-    try:
-        _cpp.select_level(os.environ.get("SIMVLM_CPU_LEVEL") or None)
-    except ValueError as error:
-        return None, str(error)
-    return _cpp, None
+from simvlm.kernels.cpp_module import address
 
 
 def unavailable() -> str | None:
-    return _module()[1]
+    return cpp_module.unavailable()
 
 
 def unsupported(q: Any, k: Any, v: Any, layout: PrefixLayout, rel_bias: Any) -> str | None:
-    device = "cpu" if isinstance(q, np.ndarray) else q.device.type
-    if device != "cpu":
-        return f"runs on the CPU, got tensors on {device}"
-    dtype = str(q.dtype).removeprefix("torch.")
-    return None if dtype in _DTYPES else f"takes {', '.join(_DTYPES)}, got {dtype}"
+    return cpp_module.unsupported(q)
 
 
 def forward(q: Any, k: Any, v: Any, layout: PrefixLayout, rel_bias: Any, scale: float) -> tuple[Any, Any]:
     """(out, lse), contiguous; torch in, torch out; numpy in, numpy out."""
     if isinstance(q, np.ndarray):
-        q, k, v = (_whole_strides(x) for x in (q, k, v))
+        q, k, v = (cpp_module.in_elements(x) for x in (q, k, v))
         out, lse = np.empty(q.shape, q.dtype), np.empty(q.shape[:-1], np.float32)
         table = None if rel_bias is None else np.ascontiguousarray(rel_bias, np.float32)
         bounds: Any = np.ascontiguousarray(layout.numpy().bounds)
-        threads = int(os.environ.get("SIMVLM_NUM_THREADS") or len(os.sched_getaffinity(0)))
+        threads = cpp_module.numpy_threads()
     else:
         out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=_torch().float32)
         table = None if rel_bias is None else rel_bias.to(_torch().float32).contiguous()
@@ -65,9 +41,9 @@ def forward(q: Any, k: Any, v: Any, layout: PrefixLayout, rel_bias: Any, scale: 
     if layout.batch == 0:  # nobody owns a row, so no task would write it
         out[...], lse[...] = 0, -math.inf
         return out, lse
-    _compiled().attention_forward(
+    cpp_module.compiled().attention_forward(
         *(_strided(x) for x in (q, k, v, out)),
-        *(_address(x) for x in (lse, table, bounds)),
+        *(address(x) for x in (lse, table, bounds)),
         *_statics(q, k, layout, scale, threads),
     )
     return out, lse
@@ -98,18 +74,12 @@ def backward(
     else:
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
         dlse, bounds = dlse.contiguous(), torch.as_tensor(layout.bounds).contiguous()
-        _compiled().attention_backward(
+        cpp_module.compiled().attention_backward(
             *(_strided(x) for x in (q, k, v, out, dout, dq, dk, dv)),
-            *(_address(x) for x in (lse, dlse, table, dtable, bounds)),
+            *(address(x) for x in (lse, dlse, table, dtable, bounds)),
             *_statics(q, k, layout, scale, torch.get_num_threads()),
         )
     return dq, dk, dv, None if dtable is None else dtable.to(rel_bias.dtype)
-
-
-def _compiled() -> ModuleType:
-    module, why = _module()
-    assert module is not None, why
-    return module
 
 
 def _torch() -> Any:
@@ -120,25 +90,13 @@ def _torch() -> Any:
 def _statics(q: Any, k: Any, layout: PrefixLayout, scale: float, threads: int) -> tuple[Any, ...]:
     axis = 1 if layout.is_padded else 0
     height, width = layout.image_grid or (0, 0)
-    dtype = _DTYPES[str(q.dtype).removeprefix("torch.")]
     storage = (layout.is_padded, q.shape[axis], k.shape[axis])
-    return (layout.batch, *q.shape[-2:], *storage, height, width, scale, dtype, threads)
-
-
-def _whole_strides(x: np.ndarray) -> np.ndarray:
-    return x if all(stride % x.itemsize == 0 for stride in x.strides) else np.ascontiguousarray(x)
-
-
-def _address(x: Any) -> int:
-    if x is None:
-        return 0
-    return x.__array_interface__["data"][0] if isinstance(x, np.ndarray) else x.data_ptr()
+    return (layout.batch, *q.shape[-2:], *storage, height, width, scale, cpp_module.dtype_code(q), threads)
 
 
 def _strided(x: Any) -> tuple[int, int, int, int]:
     """Address, then the strides of sequence (0 if packed), row and head in elements."""
     if x is None:
         return 0, 0, 0, 0
-    strides = [stride // x.itemsize for stride in x.strides] if isinstance(x, np.ndarray) else x.stride()
-    *sequence, row, head, _ = strides
-    return _address(x), sequence[0] if sequence else 0, row, head
+    *sequence, row, head, _ = cpp_module.element_strides(x)
+    return address(x), sequence[0] if sequence else 0, row, head

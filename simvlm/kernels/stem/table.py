@@ -3,5 +3,9 @@
 from simvlm.kernels.dispatch import Impl
 
 _ROOM = "simvlm.kernels.stem"
-BATCH_NORM_ACT = (Impl("reference", "torch", f"{_ROOM}.reference", "batch_norm_unsupported"),)
+BATCH_NORM_ACT = (
+    Impl("cpp", "torch", f"{_ROOM}.cpp_cpu", "batch_norm_unsupported"),
+    Impl("reference", "torch", f"{_ROOM}.reference", "batch_norm_unsupported"),
+    Impl("cpp", "numpy", f"{_ROOM}.cpp_cpu", "batch_norm_unsupported"),
+)
 EMBED_SEQUENCE = (Impl("reference", "torch", f"{_ROOM}.reference", "embed_unsupported"),)
