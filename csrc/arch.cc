@@ -12,6 +12,8 @@
   bool norm_apply(const NormApply&);                            \
   bool norm_backward_reductions(const NormBackwardReductions&); \
   bool norm_backward_apply(const NormBackwardApply&);           \
+  bool embed_forward(const EmbedForward&);                      \
+  bool embed_backward(const EmbedBackward&);                    \
   }
 SIMVLM_LEVELS
 #undef X
@@ -26,7 +28,9 @@ namespace {
    level::norm_statistics,          \
    level::norm_apply,               \
    level::norm_backward_reductions, \
-   level::norm_backward_apply},
+   level::norm_backward_apply,      \
+   level::embed_forward,            \
+   level::embed_backward},
 constexpr Kernels table[] = {SIMVLM_LEVELS};
 #undef X
 constexpr int table_size = sizeof(table) / sizeof(table[0]);

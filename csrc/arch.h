@@ -15,6 +15,8 @@ struct Kernels {
   bool (*norm_apply)(const NormApply&);
   bool (*norm_backward_reductions)(const NormBackwardReductions&);
   bool (*norm_backward_apply)(const NormBackwardApply&);
+  bool (*embed_forward)(const EmbedForward&);
+  bool (*embed_backward)(const EmbedBackward&);
 };
 
 // The levels compiled in, from the plainest on, and their number.

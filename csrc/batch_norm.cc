@@ -85,27 +85,6 @@ SIMVLM_INLINE void over_groups(int64_t first, int64_t last, Step step) {
   for (; pixel < last; ++pixel) step(pixel, Group<1>{});
 }
 
-template <class Float>
-struct Whole {
-  SIMVLM_INLINE vfloat widen(const typename Float::Storage* from) const { return Float::widen(from); }
-  SIMVLM_INLINE void narrow(typename Float::Storage* to, vfloat v) const { Float::narrow(to, v); }
-};
-
-template <class Float>
-struct Part {
-  int64_t count;
-  SIMVLM_INLINE vfloat widen(const typename Float::Storage* from) const { return widen_part<Float>(from, count); }
-  SIMVLM_INLINE void narrow(typename Float::Storage* to, vfloat v) const { narrow_part<Float>(to, v, count); }
-};
-
-// step(first channel, Whole or Part) for every vector of a pixel's channels.
-template <class Float, class Step>
-SIMVLM_INLINE void over_channels(int64_t channels, Step step) {
-  int64_t c = 0;
-  for (; c + lanes <= channels; c += lanes) step(c, Whole<Float>{});
-  if (c < channels) step(c, Part<Float>{channels - c});
-}
-
 // What every pixel needs of its channel, in whole vectors with zeros after the last channel:
 // z = ((x - mean)·gain + bias)·branch scale and dx = gain·(dz - mean_dz - (x - mean)·slope).
 struct Channels {
@@ -188,7 +167,7 @@ void statistics_chunk(void* context, int64_t index) {
     for (int i = 0; i < pixels; ++i) at[i] = walk.next();
     const float before = static_cast<float>(pixel - run.first(index));
     const float share = pixels / (before + pixels), between = before * share;
-    over_channels<Float>(shape.channels, [&](int64_t c, auto part) {
+    over_vectors<Float>(shape.channels, [&](int64_t c, auto part) {
       vfloat row[pixels], mean = {}, spread = {};
       for (int i = 0; i < pixels; ++i) row[i] = part.widen(x + at[i] + c);
       for (int i = 0; i < pixels; ++i) mean += row[i];
@@ -247,7 +226,7 @@ void apply_chunk(void* context, int64_t index) {
       at[i] = walk.next();
       if constexpr (Residual) residual_at[i] = residual_walk.next();
     }
-    over_channels<Float>(channels, [&](int64_t c, auto part) {
+    over_vectors<Float>(channels, [&](int64_t c, auto part) {
       const vfloat mean = load(run.channels.mean + c), gain = load(run.channels.gain + c);
       const vfloat bias = load(run.channels.bias + c);
       for (int i = 0; i < pixels; ++i) {
@@ -286,7 +265,7 @@ void reductions_chunk(void* context, int64_t index) {
       scale[i] = run.scale(walk);
       at[i] = walk.next();
     }
-    over_channels<Float>(channels, [&](int64_t c, auto part) {
+    over_vectors<Float>(channels, [&](int64_t c, auto part) {
       const vfloat mean = load(run.channels.mean + c), gain = load(run.channels.gain + c);
       const vfloat bias = load(run.channels.bias + c);
       vfloat sum_dz = {}, sum_dz_x = {};
@@ -344,7 +323,7 @@ void backward_chunk(void* context, int64_t index) {
       scale[i] = run.scale(walk);
       at[i] = walk.next();
     }
-    over_channels<Float>(channels, [&](int64_t c, auto part) {
+    over_vectors<Float>(channels, [&](int64_t c, auto part) {
       const vfloat mean = load(run.channels.mean + c), gain = load(run.channels.gain + c);
       const vfloat bias = load(run.channels.bias + c), mean_dz = load(run.channels.mean_dz + c);
       const vfloat slope = load(run.channels.slope + c);
@@ -364,8 +343,6 @@ void backward_chunk(void* context, int64_t index) {
 // ---- one task function for the dtype, the activation, the statistics
 // -------------------------------------------------
 
-typedef void (*Task)(void*, int64_t);
-
 template <class Float>
 Task reductions_task(const NormBackwardReductions& a) {
   if (!a.given.relu) return reductions_chunk<Float, Mask::none>;
@@ -377,14 +354,6 @@ Task backward_task(const NormBackwardApply& a) {
   if (a.mean_dz == nullptr)
     return a.given.relu ? backward_chunk<Float, true, true> : backward_chunk<Float, false, true>;
   return a.given.relu ? backward_chunk<Float, true, false> : backward_chunk<Float, false, false>;
-}
-
-// choose(Float{}) for the dtype's Float.
-template <class Choose>
-Task of_dtype(DType dtype, Choose choose) {
-  return dtype == DType::float32    ? choose(Float32{})
-         : dtype == DType::bfloat16 ? choose(BFloat16{})
-                                    : choose(Float16{});
 }
 
 template <class Problem>

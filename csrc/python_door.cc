@@ -210,6 +210,61 @@ void batch_norm_backward_apply(const Strided& x, int64_t dy, int64_t mean_dz, in
   if (!simvlm::kernels().norm_backward_apply(problem)) throw std::bad_alloc();
 }
 
+struct EmbedStatics {
+  std::array<int64_t, 7> shape;  // B, storage rows, Bi, Gh, Gw, Rt, D
+  int64_t places;                // int32[5, B]
+  int dtype, threads;
+};
+
+simvlm::EmbedShape checked_shape(const EmbedStatics& s) {
+  for (const int64_t size : s.shape) {
+    if (size < 0 || s.dtype < 0 || s.dtype > 2) {
+      throw py::value_error("embed_sequence: text must be of a known dtype and have no negative size");
+    }
+  }
+  const auto& [batch, rows, images, grid_height, grid_width, text_rows, width] = s.shape;
+  const auto* row = pointer<const int32_t>(s.places);
+  const simvlm::Places places{row, row + batch, row + 2 * batch, row + 3 * batch, row + 4 * batch};
+  return {batch,
+          rows,
+          images,
+          grid_height,
+          grid_width,
+          text_rows,
+          width,
+          places,
+          static_cast<simvlm::DType>(s.dtype),
+          s.threads < 1 ? 1 : s.threads};
+}
+
+void embed_forward(const Strided& patches, bool projected, int64_t bias, int64_t positions, int64_t text,
+                   int64_t text_row, int64_t rows, const std::array<int64_t, 7>& shape, int64_t places, int dtype,
+                   int threads) {
+  const simvlm::EmbedForward problem{checked_shape({shape, places, dtype, threads}),
+                                     images(patches),
+                                     projected,
+                                     pointer<const float>(bias),
+                                     pointer<const float>(positions),
+                                     pointer<const void>(text),
+                                     text_row,
+                                     pointer<void>(rows)};
+  py::gil_scoped_release released;
+  if (!simvlm::kernels().embed_forward(problem)) throw std::bad_alloc();
+}
+
+void embed_backward(int64_t drows, int64_t dpatches, bool projected, int64_t dbias, int64_t dpositions, int64_t dtext,
+                    const std::array<int64_t, 7>& shape, int64_t places, int dtype, int threads) {
+  const simvlm::EmbedBackward problem{checked_shape({shape, places, dtype, threads}),
+                                      pointer<const void>(drows),
+                                      pointer<void>(dpatches),
+                                      projected,
+                                      pointer<float>(dbias),
+                                      pointer<float>(dpositions),
+                                      pointer<void>(dtext)};
+  py::gil_scoped_release released;
+  if (!simvlm::kernels().embed_backward(problem)) throw std::bad_alloc();
+}
+
 // ---- CPU levels -----------------------------------------------------------------------------------------------------
 
 // Every compiled level and whether this processor runs it.
@@ -247,6 +302,8 @@ PYBIND11_MODULE(_cpp, m) {
   m.def("batch_norm_apply", &batch_norm_apply);
   m.def("batch_norm_backward_reductions", &batch_norm_backward_reductions);
   m.def("batch_norm_backward_apply", &batch_norm_backward_apply);
+  m.def("embed_forward", &embed_forward);
+  m.def("embed_backward", &embed_backward);
   m.def("levels", &levels, "(name, runs here) of every compiled CPU level, the plainest first.");
   m.def("level", [] { return std::string(simvlm::kernels().level); }, "The CPU level in use.");
   m.def("select_level", &select_level, "Uses the named CPU level from now on; None: the newest that runs here.");

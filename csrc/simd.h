@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "dtype.h"
+
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
@@ -177,6 +179,37 @@ SIMVLM_INLINE void narrow_part(typename Float::Storage* to, vfloat v, int64_t co
   typename Float::Storage part[lanes];
   Float::narrow(part, v);
   __builtin_memcpy(to, part, sizeof(part[0]) * static_cast<size_t>(count));
+}
+
+template <class Float>
+struct Whole {
+  SIMVLM_INLINE vfloat widen(const typename Float::Storage* from) const { return Float::widen(from); }
+  SIMVLM_INLINE void narrow(typename Float::Storage* to, vfloat v) const { Float::narrow(to, v); }
+};
+
+template <class Float>
+struct Part {
+  int64_t count;
+  SIMVLM_INLINE vfloat widen(const typename Float::Storage* from) const { return widen_part<Float>(from, count); }
+  SIMVLM_INLINE void narrow(typename Float::Storage* to, vfloat v) const { narrow_part<Float>(to, v, count); }
+};
+
+// step(where it begins, Whole or Part) for every vector of a row of `count` elements.
+template <class Float, class Step>
+SIMVLM_INLINE void over_vectors(int64_t count, Step step) {
+  int64_t at = 0;
+  for (; at + lanes <= count; at += lanes) step(at, Whole<Float>{});
+  if (at < count) step(at, Part<Float>{count - at});
+}
+
+// A function for parallel_for, made for one dtype: choose(Float{}) returns it.
+typedef void (*Task)(void* context, int64_t index);
+
+template <class Choose>
+SIMVLM_INLINE Task of_dtype(DType dtype, Choose choose) {
+  return dtype == DType::float32    ? choose(Float32{})
+         : dtype == DType::bfloat16 ? choose(BFloat16{})
+                                    : choose(Float16{});
 }
 
 }  // namespace

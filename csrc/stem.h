@@ -58,4 +58,36 @@ struct NormBackwardApply {
   void* dx;
 };
 
+// The rows of int32[5, B] that docs/stem.md calls places. No value of theirs makes a function leave its arrays.
+struct Places {
+  const int32_t *q_starts, *q_lens, *image_lens, *image_index, *text_starts;
+};
+
+struct EmbedShape {
+  int64_t batch, rows;  // sequences; rows of storage, the padded ones among them
+  int64_t images, grid_height, grid_width, text_rows, width;
+  Places places;
+  DType dtype;
+  int threads;
+};
+
+struct EmbedForward {
+  EmbedShape shape;
+  Images patches;  // [images, Gh, Gw, width]: projected ones, float32, or features as they are
+  bool projected;
+  const float *bias, *positions;  // [width], [Gh·Gw, width]; each may be null
+  const void* text;
+  int64_t text_row;  // stride
+  void* rows;        // contiguous, like all of the backward's
+};
+
+struct EmbedBackward {
+  EmbedShape shape;
+  const void* drows;
+  void* dpatches;  // float32 if projected; what is not wanted is null
+  bool projected;
+  float *dbias, *dpositions;  // dbias needs dpositions
+  void* dtext;
+};
+
 }  // namespace simvlm

@@ -17,7 +17,7 @@ import pytest
 from attend import attend
 
 from simvlm import _cpp
-from simvlm.kernels import PrefixLayout, batch_norm_act, prefix_attention
+from simvlm.kernels import PrefixLayout, batch_norm_act, embed_sequence, prefix_attention
 
 ROOT = Path(__file__).parents[1]
 
@@ -208,3 +208,8 @@ def test_negative_strides():
     weight, bias = rng.random((2, 16), np.float32)
     straight = batch_norm_act(np.ascontiguousarray(x), weight, bias, residual=np.ascontiguousarray(residual))
     assert all(map(np.array_equal, batch_norm_act(x, weight, bias, residual=residual), straight))
+    layout = PrefixLayout.padded(3, 22, image_grid=(4, 5))
+    text, positions = rng.random((6, 16), np.float32)[::-1], rng.random((20, 16), np.float32)[::-1]
+    images, places, words = (np.ascontiguousarray(a) for a in (x, positions, text))
+    straight = embed_sequence(images, None, bias, places, words, layout)
+    assert np.array_equal(embed_sequence(x, None, bias, positions, text, layout), straight)

@@ -15,7 +15,7 @@ from attention_oracle import assert_same
 from stem_cases import CORE, SPECS, everything, tensors_of
 
 from simvlm.kernels import PrefixLayout, batch_norm_act, dispatch, embed_sequence, parity, stem
-from simvlm.kernels.stem import batch_norm_spec, embed_spec, reference, table, torch_op
+from simvlm.kernels.stem import batch_norm_spec, cpp_cpu, embed_spec, reference, table, torch_op
 
 ORACLE = {batch_norm_spec: stem_oracle.batch_norm_case, embed_spec: stem_oracle.embed_case}
 
@@ -321,6 +321,36 @@ def test_images_and_rows_that_do_not_exist_reach_nothing():
     none = reference.embed_sequence(features[:0], *parameters[:3], parameters[3][:2], placed, 20)
     assert torch.equal(none[0, :2], parameters[3][:2])
     assert not none.reshape(-1, 16)[2:].any()
+
+
+@pytest.mark.parametrize("channels", [24, None])
+def test_the_same_in_cpp(channels):
+    """Within the budget, for the products of another number of images may sum in another order."""
+    case = embed_spec.Case(
+        name="one_image_too_many", text_lens=(4, 3), has_image=(False, True), channels=channels, tail=0
+    )
+    tensors = {name: x.detach() for name, x in tensors_of(embed_spec, case, torch.float32).items()}
+    placed = torch_op.places(torch.from_numpy(case.layout().bounds), torch.stack)
+    features = torch.cat([tensors["features"], torch.full_like(tensors["features"], torch.nan)])
+    weight, *rest = (tensors.get(name) for name in ("weight", "bias", "image_positions", "text"))
+    drows = torch.cat([tensors["drows"], torch.full((6, 16), torch.nan)])
+    results = {}
+    for implementation, wide in ((cpp_cpu, torch.float32), (reference, torch.float32), (reference, torch.float64)):
+        x, w, dy, *others = (None if t is None else t.to(wide) for t in (features, weight, drows, *rest))
+        rows = implementation.embed_sequence(x, w, *others, placed, None)
+        saved = None if w is None else x
+        grads = implementation.embed_sequence_backward(
+            dy, saved, w, placed, tuple(x.shape), 7, None, (True, w is not None, True, True, True)
+        )
+        results[implementation, wide] = [t.double().numpy() for t in (rows, *grads) if t is not None]
+        none = implementation.embed_sequence(x[:0], w, *others[:2], others[2][:2], placed, 20)
+        assert torch.equal(none[0, :2], others[2][:2])
+        assert not none.reshape(-1, 16)[2:].any()
+    got, yardstick, truth = results.values()
+    assert not got[0][13:].any()
+    assert not got[1][1:].any()
+    for arrays in zip(got, truth, yardstick, strict=True):
+        assert not parity.compare(embed_spec, "", "float32", *arrays, (0.0, 0.0))
 
 
 def test_a_layout_of_no_sequences():

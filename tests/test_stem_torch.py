@@ -265,6 +265,9 @@ CHUNKED = {
     "batch_norm_act": batch_norm_spec.Case(
         name="chunked", shape=(3, 20, 33, 80), residual=True, branch_scale=(1.25, 0.0, 1.0)
     ),
+    "embed_sequence": embed_spec.Case(
+        name="chunked", text_lens=(64,) * 8, image_grid=(14, 14), channels=64, width=96, tail=0
+    ),
 }
 """Calls large enough for the C++ kernels to wake more threads than one."""
 

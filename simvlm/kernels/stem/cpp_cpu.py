@@ -1,11 +1,13 @@
 """The stem's ops on the CPU through the compiled module: torch tensors (the halves) and numpy arrays (forward).
 
-The kernels are in csrc/batch_norm.cc; this file allocates, hands addresses and strides over, and nothing else. Limits:
-float32, bfloat16, float16; the host only.
+The kernels are in csrc/batch_norm.cc and csrc/embed.cc; this file allocates, hands addresses and strides over, and
+multiplies by the projection: that product is the library's (torch's or numpy's), in float32 whatever the features are,
+for it must not be rounded before bias and position are added. Limits: float32, bfloat16, float16; the host only.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
@@ -13,6 +15,7 @@ import numpy as np
 
 from simvlm.kernels import cpp_module
 from simvlm.kernels.cpp_module import address
+from simvlm.kernels.stem.places import rows_shape
 
 
 def unavailable() -> str | None:
@@ -21,6 +24,10 @@ def unavailable() -> str | None:
 
 def batch_norm_unsupported(x: Any) -> str | None:
     return cpp_module.unsupported(x)
+
+
+def embed_unsupported(text: Any, weight: Any) -> str | None:
+    return cpp_module.unsupported(text)
 
 
 def batch_norm_act(
@@ -102,6 +109,89 @@ def batch_norm_backward_apply(
     return dx
 
 
+def embed_sequence(
+    features: Any, weight: Any, bias: Any, image_positions: Any, text: Any, places: Any, query_len: int | None
+) -> Any:
+    image_shape = None if features is None else tuple(features.shape)
+    shape = rows_shape(image_shape, text.shape[0], text.shape[1], places.shape[1], query_len)
+    patches = features if features is None or weight is None else _projected(features, weight)
+    if isinstance(text, np.ndarray):
+        rows, text = np.empty(shape, text.dtype), cpp_module.in_elements(text)
+        patches = None if patches is None else cpp_module.in_elements(patches)
+        bias, image_positions, places = (
+            _vector(bias),
+            _vector(image_positions),
+            np.require(places, np.int32, ["C", "A"]),
+        )
+    else:
+        rows, places = text.new_empty(shape), places.contiguous()
+    cpp_module.compiled().embed_forward(
+        _strided(patches),
+        weight is not None,
+        *_addresses(bias, image_positions, text),
+        cpp_module.element_strides(text)[0],
+        address(rows),
+        *_embed_statics(rows, image_shape, text.shape[0], places),
+    )
+    return rows
+
+
+def embed_sequence_backward(
+    drows: Any,
+    features: Any,
+    weight: Any,
+    places: Any,
+    image_shape: tuple[int, ...] | None,
+    text_rows: int,
+    query_len: int | None,
+    wanted: tuple[bool, bool, bool, bool, bool],
+) -> tuple[Any, ...]:
+    width, wide = drows.shape[-1], _torch().float32
+    images, grid = (0, 0) if image_shape is None else (image_shape[0], image_shape[1] * image_shape[2])
+    dpatches = dbias = dpositions = dfeatures = dweight = None
+    if image_shape is not None:
+        if wanted[0] or (wanted[1] and weight is not None):
+            dpatches = drows.new_empty(images * grid, width, dtype=drows.dtype if weight is None else wide)
+        if wanted[2] or wanted[3]:
+            dbias, dpositions = drows.new_empty(width, dtype=wide), drows.new_empty(grid, width, dtype=wide)
+    dtext = drows.new_empty(text_rows, width) if wanted[4] else None
+    places = places.contiguous()
+    cpp_module.compiled().embed_backward(
+        *_addresses(drows, dpatches),
+        weight is not None,
+        *_addresses(dbias, dpositions, dtext),
+        *_embed_statics(drows, image_shape, text_rows, places),
+    )
+    if dpatches is not None and weight is not None and image_shape is not None:
+        if wanted[0]:
+            dfeatures = _product(dpatches, weight.float()).to(drows.dtype).view(image_shape)
+        if wanted[1]:
+            # What follows the sequences' own images is nobody's and may be NaN, which a zero gradient does not stop.
+            owned = min(images, int(places[2].count_nonzero()))
+            real = features[:owned].float().reshape(owned * grid, image_shape[3])
+            dweight = _product(dpatches[: owned * grid].T, real)
+    elif dpatches is not None:
+        dfeatures = dpatches.view(image_shape)
+    return dfeatures, dweight, dbias if wanted[2] else None, dpositions if wanted[3] else None, dtext
+
+
+def _projected(features: Any, weight: Any) -> Any:
+    """float32[Bi, Gh, Gw, D]: features · weightᵀ, each rounded to the features' dtype before."""
+    patches, (width, channels) = math.prod(features.shape[:3]), weight.shape
+    if isinstance(features, np.ndarray):
+        x, w = features.astype(np.float32), weight.astype(features.dtype).astype(np.float32)
+    else:
+        x, w = features.float(), weight.to(features.dtype).float()
+    return _product(x.reshape(patches, channels), w.T).reshape(*features.shape[:3], width)
+
+
+def _product(a: Any, b: Any) -> Any:
+    if isinstance(a, np.ndarray):
+        return a @ b
+    with _torch().autocast("cpu", enabled=False):
+        return a @ b
+
+
 def _torch() -> Any:
     """torch, which a caller with torch tensors has imported; numpy callers need not have it."""
     return sys.modules["torch"]
@@ -136,3 +226,11 @@ def _strided(x: Any) -> tuple[int, ...]:
 def _statics(x: Any) -> tuple[Any, ...]:
     threads = cpp_module.numpy_threads() if isinstance(x, np.ndarray) else _torch().get_num_threads()
     return tuple(x.shape), cpp_module.dtype_code(x), threads
+
+
+def _embed_statics(rows: Any, image_shape: tuple[int, ...] | None, text_rows: int, places: Any) -> tuple[Any, ...]:
+    images = (0, 0, 0) if image_shape is None else image_shape[:3]
+    width = rows.shape[-1]
+    storage = rows.size if isinstance(rows, np.ndarray) else rows.numel()
+    threads = _statics(rows)[1:]
+    return (places.shape[1], storage // max(width, 1), *images, text_rows, width), address(places), *threads

@@ -8,4 +8,8 @@ BATCH_NORM_ACT = (
     Impl("reference", "torch", f"{_ROOM}.reference", "batch_norm_unsupported"),
     Impl("cpp", "numpy", f"{_ROOM}.cpp_cpu", "batch_norm_unsupported"),
 )
-EMBED_SEQUENCE = (Impl("reference", "torch", f"{_ROOM}.reference", "embed_unsupported"),)
+EMBED_SEQUENCE = (
+    Impl("cpp", "torch", f"{_ROOM}.cpp_cpu", "embed_unsupported"),
+    Impl("reference", "torch", f"{_ROOM}.reference", "embed_unsupported"),
+    Impl("cpp", "numpy", f"{_ROOM}.cpp_cpu", "embed_unsupported"),
+)
