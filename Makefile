@@ -8,6 +8,7 @@ VENV ?= .venv
 # Extra options for pip, for instance a machine without a GPU: PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 PIP_ARGS ?=
 OP ?=
+MINUTES ?= 12
 
 PY := $(VENV)/bin/python
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY)
@@ -17,7 +18,7 @@ STAMP := $(VENV)/.simvlm-setup
 # What the environment and the compiled module are made from: a change of its hash makes both anew.
 INPUTS := csrc CMakeLists.txt setup.py pyproject.toml requirements
 
-.PHONY: help setup check format test test-full bench clean
+.PHONY: help setup check format test test-full bench demo quick clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -60,6 +61,12 @@ test-full: setup ## every test, the long tier included
 
 bench: setup ## time the kernels against their peers (OP=prefix_attention for one op)
 	@$(RUN) -m benchmarks $(if $(OP),--op $(OP))
+
+demo: setup ## a SimVLM learns to caption pictures in MINUTES=12, and shows it in runs/demo/report.html
+	@$(RUN) -m simvlm.cli demo --minutes $(MINUTES)
+
+quick: setup ## in less than a minute: what runs here, that it is right, how fast it is
+	@$(RUN) -m benchmarks.quick
 
 clean: ## remove everything that was built, .venv/ included
 	rm -rf $(VENV) build dist *.egg-info simvlm/_cpp*.so simvlm/_cpp_build_error.txt

@@ -15,10 +15,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(own)
     arguments.settings = settings
     try:
-        print(arguments.run(arguments))
+        output = arguments.run(arguments)
     except (OSError, ValueError) as error:  # what a user can mend; anything else is a bug and shows its traceback
         print(f"simvlm {arguments.command}: {error}", file=sys.stderr)
         return 1
+    print(output)
     return 0
 
 
@@ -49,6 +50,27 @@ def _parser() -> argparse.ArgumentParser:
 
     pretrain = commands.add_parser("pretrain", help="train on image-text pairs and documents (--help: all settings)")
     pretrain.set_defaults(run=_pretrain)
+
+    caption = commands.add_parser("caption", help="write a caption for each picture")
+    caption.add_argument("images", nargs="+", metavar="IMAGE")
+    caption.add_argument("--model", default="runs/demo/checkpoint", help="its folder (default: %(default)s)")
+    caption.add_argument("--prompt", default="A picture of", help="the caption goes on from it (default: %(default)s)")
+    caption.add_argument("--max-len", type=int, default=60, help="tokens at the most (default: %(default)s)")
+    search = caption.add_mutually_exclusive_group()
+    search.add_argument("--beam", type=int, default=4, help="hypotheses; 1 is greedy (default: %(default)s)")
+    search.add_argument("--sample", action="store_true", help="draw each word instead of searching")
+    caption.add_argument("--temperature", type=float, default=1.0, help="of --sample (default: %(default)s)")
+    caption.add_argument("--seed", type=int, default=0, help="of --sample (default: %(default)s)")
+    caption.set_defaults(run=_caption)
+
+    demo = commands.add_parser("demo", help="learn to caption from nothing, in minutes, and show it on a page")
+    demo.add_argument(
+        "action", nargs="?", choices=("run", "score"), default="run", help="score: judge its captions again"
+    )
+    demo.add_argument("--minutes", type=float, default=12.0, help="of training (default: %(default)s)")
+    demo.add_argument("--out", default="runs/demo", help="its folder (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    demo.set_defaults(run=_demo)
     return parser
 
 
@@ -79,6 +101,31 @@ def _pretrain(arguments: argparse.Namespace) -> str:
     from simvlm.train.pretrain import main as pretrain
 
     return pretrain(arguments.settings)
+
+
+def _caption(arguments: argparse.Namespace) -> str:
+    from simvlm.model.caption import caption
+    from simvlm.model.generate import Sampling
+
+    sample = Sampling(temperature=arguments.temperature, seed=arguments.seed) if arguments.sample else None
+    options = {name: getattr(arguments, name) for name in ("prompt", "beam", "max_len")}
+    texts, problems = caption(arguments.images, folder=arguments.model, sample=sample, **options)
+    lines = [f"{path}: {text}" for path, text in zip(arguments.images, texts, strict=True) if text is not None]
+    if problems:
+        print("\n".join(lines))
+        raise ValueError("; ".join(problems))
+    return "\n".join(lines)
+
+
+def _demo(arguments: argparse.Namespace) -> str:
+    from pathlib import Path
+
+    from simvlm.demo import recipe
+
+    out = Path(arguments.out)
+    if arguments.action == "score":
+        return recipe.score(out)
+    return recipe.demo(out, minutes=arguments.minutes, seed=arguments.seed)
 
 
 if __name__ == "__main__":

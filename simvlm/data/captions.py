@@ -19,7 +19,7 @@ PROMPT = "A picture of"
 PHRASES = {"left of": "to the left of", "right of": "to the right of", "above": "above", "below": "below"}
 NUMBERS = ("no", "one", "two", "three")
 PARTIAL_PERCENT, WRONG_PERCENT = 30, 10
-_PROMPTED_PERCENT = 65
+_PROMPTED_PERCENT = 90
 """of the complete captions."""
 
 _INTROS = ("", "", "image of ", "drawing of ", "there is ", "photo with ", "shapes: ", "stock picture, ")

@@ -93,6 +93,10 @@ class Tokenizer:
     def decode_batch(self, ids: Sequence[Sequence[int]]) -> list[str]:
         return [self.decode(row) for row in ids]
 
+    def piece(self, token: int) -> str:
+        """How one id is written; a "▁" begins a word."""
+        return self._model.id_to_piece(token)
+
     @property
     def vocab_size(self) -> int:
         return self._model.get_piece_size()

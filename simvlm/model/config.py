@@ -26,6 +26,10 @@ class SimVLMConfig:
         conv_strides: of each stage's first block.
         conv_stem: "resnet" (7×7 stride 2, max-pool stride 2) or "small" (3×3 stride 2); before the first stage.
         conv_stem_width: its channels.
+        conv_last_weight: where the weight of each block's last norm starts: 0, a block that passes its input on (Goyal et
+            al. 2017, §5.1), or 1. At 0 it opens by one learning rate a step at the most, too slowly for a run of minutes.
+        init_std: of the linear maps' weights at the start; all other weights have 0.02. A narrow model wants more: 0.02
+            is half of 1/√D at D = 768, a fifth of it at D = 128.
         patch_size: side of the square of the last stage's pixels (the image's, without stages) that is one token.
         image_size: side S of the square images, in pixels.
         vocab_size, max_text_len: V, and the most tokens of one text.
@@ -44,6 +48,8 @@ class SimVLMConfig:
     conv_strides: tuple[int, ...] = (1, 2, 2)
     conv_stem: str = "resnet"
     conv_stem_width: int = 64
+    conv_last_weight: float = 0.0
+    init_std: float = 0.02
     patch_size: int = 1
     image_size: int = 224
     vocab_size: int = 32_000

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from simvlm.kernels import batch_norm_act
 from simvlm.model.config import SimVLMConfig
+from simvlm.model.transformer import INIT_STD
 
 MOMENTUM = 0.1
 
@@ -30,7 +31,7 @@ class Conv(nn.Module):
         self.weight = nn.Parameter(torch.empty(outputs, channels, kernel, kernel))
 
     def reset_parameters(self) -> None:
-        nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.normal_(self.weight, std=INIT_STD)
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.conv2d(x.permute(0, 3, 1, 2), self.weight, None, self.stride, self.kernel // 2)
@@ -46,9 +47,9 @@ class BatchNorm(nn.Module):
     running_mean: Tensor
     running_var: Tensor
 
-    def __init__(self, channels: int, impl: str | None, *, act: str = "relu", zero: bool = False) -> None:
+    def __init__(self, channels: int, impl: str | None, *, act: str = "relu", initial_weight: float = 1.0) -> None:
         super().__init__()
-        self.impl, self.act, self.zero = impl, act, zero
+        self.impl, self.act, self.initial_weight = impl, act, initial_weight
         self.weight = nn.Parameter(torch.empty(channels))
         self.bias = nn.Parameter(torch.empty(channels))
         self.register_buffer("running_mean", torch.empty(channels))
@@ -56,8 +57,8 @@ class BatchNorm(nn.Module):
         self.frozen = False
 
     def reset_parameters(self) -> None:
-        nn.init.constant_(self.weight, 0.0 if self.zero else 1.0)
-        for tensor, value in ((self.bias, 0.0), (self.running_mean, 0.0), (self.running_var, 1.0)):
+        constants = ((self.weight, self.initial_weight), (self.bias, 0.0), (self.running_mean, 0.0), (self.running_var, 1.0))
+        for tensor, value in constants:
             nn.init.constant_(tensor, value)
 
     def forward(self, x: Tensor, residual: Tensor | None = None, branch_scale: Tensor | None = None) -> Tensor:
@@ -82,14 +83,14 @@ class BatchNorm(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1×1 down, 3×3 with the stride, 1×1 up, and the shortcut; the last norm's weight starts at 0."""
+    """1×1 down, 3×3 with the stride, 1×1 up, and the shortcut; the last norm's weight starts at `last_weight`."""
 
-    def __init__(self, channels: int, inner: int, stride: int, impl: str | None) -> None:
+    def __init__(self, channels: int, inner: int, stride: int, last_weight: float, impl: str | None) -> None:
         super().__init__()
         outer = 4 * inner
         self.conv1, self.norm1 = Conv(channels, inner), BatchNorm(inner, impl)
         self.conv2, self.norm2 = Conv(inner, inner, 3, stride), BatchNorm(inner, impl)
-        self.conv3, self.norm3 = Conv(inner, outer), BatchNorm(outer, impl, zero=True)
+        self.conv3, self.norm3 = Conv(inner, outer), BatchNorm(outer, impl, initial_weight=last_weight)
         self.shortcut: Conv | None = None
         self.shortcut_norm: BatchNorm | None = None
         if channels != outer or stride != 1:
@@ -127,7 +128,8 @@ class ConvStage(nn.Module):
         for depth, inner, stride in zip(config.conv_depths, config.conv_widths, config.conv_strides, strict=True):
             blocks = nn.ModuleList()
             for block in range(depth):
-                blocks.append(Bottleneck(channels, inner, stride if block == 0 else 1, impl))
+                first_stride = stride if block == 0 else 1
+                blocks.append(Bottleneck(channels, inner, first_stride, config.conv_last_weight, impl))
                 channels = 4 * inner
             self.stages.append(blocks)
 

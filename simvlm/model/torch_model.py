@@ -85,10 +85,12 @@ class SimVLM(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Weights, embeddings, positions and tables N(0, 0.02); convolutions He normal; biases 0, norms 1."""
+        """Linear weights N(0, `config.init_std`), convolutions, embeddings, positions, tables N(0, 0.02); biases 0."""
         for module in self.modules():
             reset = getattr(module, "reset_parameters", None)
-            if reset is not None and module is not self:
+            if isinstance(module, Linear):
+                module.reset_parameters(self.config.init_std)
+            elif reset is not None and module is not self:
                 reset()
         for table in (self.embedding, self.image_positions, self.text_positions):
             nn.init.normal_(table, std=INIT_STD)

@@ -21,10 +21,10 @@ Memory = list[tuple[Tensor, Tensor]]
 
 
 class Linear(nn.Linear):
-    """Weights N(0, 0.02), bias 0."""
+    """Weights N(0, std), bias 0."""
 
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=INIT_STD)
+    def reset_parameters(self, std: float = INIT_STD) -> None:
+        nn.init.normal_(self.weight, std=std)
         nn.init.zeros_(self.bias)
 
 
