@@ -1,13 +1,18 @@
 #include "parallel.h"
 
+#include <dlfcn.h>
+#include <link.h>
+#include <pthread.h>
 #include <unistd.h>
 
 #include <atomic>
 #include <condition_variable>
 #include <cstdlib>
+#include <cstring>
 #include <exception>
 #include <mutex>
 #include <new>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -110,6 +115,69 @@ Pool& pool() {
   return *pool;
 }
 
+// libgomp's entry for `#pragma omp parallel`, which LLVM's and Intel's libraries offer too: fn(data) on each thread.
+using Parallel = void (*)(void (*fn)(void*), void* data, unsigned threads, unsigned flags);
+
+struct Loaded {
+  std::string torch_folder;
+  std::vector<std::string> openmp;
+};
+
+int note_library(dl_phdr_info* info, size_t, void* loaded_) {
+  Loaded& loaded = *static_cast<Loaded*>(loaded_);
+  const std::string path = info->dlpi_name;
+  const size_t slash = path.rfind('/') + 1;  // 0 where there is none
+  const char* name = path.c_str() + slash;
+  if (std::strncmp(name, "libtorch_cpu.", 13) == 0) loaded.torch_folder = path.substr(0, slash);
+  for (const char* known : {"libgomp", "libomp", "libiomp5"}) {
+    if (std::strncmp(name, known, std::strlen(known)) == 0) loaded.openmp.push_back(path);
+  }
+  return 0;
+}
+
+// Of the OpenMP library that torch uses; null where there is no torch or none such.
+Parallel find_torch_parallel() {
+  Loaded loaded;
+  dl_iterate_phdr(note_library, &loaded);
+  if (loaded.torch_folder.empty() || loaded.openmp.empty()) return nullptr;
+  std::string chosen = loaded.openmp.front();
+  for (const std::string& path : loaded.openmp) {  // other packages may bring a copy; torch's lies beside it
+    if (path.rfind(loaded.torch_folder, 0) == 0) chosen = path;
+  }
+  void* library = dlopen(chosen.c_str(), RTLD_LAZY | RTLD_NOLOAD);
+  return library == nullptr ? nullptr : reinterpret_cast<Parallel>(dlsym(library, "GOMP_parallel"));
+}
+
+std::atomic<bool> is_forked{false};
+
+Parallel torch_parallel() {
+  static std::atomic<Parallel> found{nullptr};
+  static const int registered = pthread_atfork(nullptr, nullptr, [] { is_forked = true; });
+  if (is_forked || registered != 0) return nullptr;  // OpenMP's threads did not survive, and it does not know
+  Parallel parallel = found.load(std::memory_order_relaxed);
+  if (parallel == nullptr) {  // torch may be imported later: look again
+    parallel = find_torch_parallel();
+    found.store(parallel, std::memory_order_relaxed);
+  }
+  return parallel;
+}
+
+bool try_torch_threads(int64_t count, int threads, void (*task)(void*, int64_t), void* context) {
+  const Parallel parallel = torch_parallel();
+  if (parallel == nullptr) return false;
+  Job job;
+  job.task = task;
+  job.context = context;
+  job.count = count;
+  auto work = [](void* job) {
+    inside_task = true;
+    static_cast<Job*>(job)->work();
+    inside_task = false;
+  };
+  parallel(work, &job, static_cast<unsigned>(threads), 0);
+  return true;
+}
+
 struct Scratch {
   float* data = nullptr;
   int64_t floats = 0;
@@ -121,7 +189,10 @@ thread_local Scratch scratch;
 
 void parallel_for(int64_t count, int threads, void (*task)(void*, int64_t), void* context) {
   if (threads > count) threads = static_cast<int>(count);
-  if (threads > 1 && !inside_task && pool().try_run(count, threads, task, context)) return;
+  if (threads > 1 && !inside_task) {
+    if (try_torch_threads(count, threads, task, context)) return;
+    if (pool().try_run(count, threads, task, context)) return;
+  }
   for (int64_t i = 0; i < count; ++i) task(context, i);
 }
 

@@ -1,4 +1,8 @@
-// The only room that names the thread library: a pool of sleeping workers, and scratch memory that each thread keeps.
+// The only room that names the thread library: threads, and scratch memory that each of them keeps.
+//
+// Where torch is loaded its OpenMP threads do the work. They spin for a while after each of torch's own loops, and
+// would take the processor from threads of ours: on two cores, attention between two products ran no faster than on
+// one. Elsewhere a pool of sleeping workers does.
 #pragma once
 
 #include <cstdint>

@@ -121,6 +121,40 @@ print("fine")
     assert done.stdout == "fine\n", done.stderr
 
 
+def test_it_runs_after_a_fork_of_torch_threads():
+    """OpenMP's threads, which do the work where torch is loaded, do not survive a fork; a pool of our own does."""
+    code = f"""
+import os, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import torch
+from attend import attend
+torch.set_num_threads(2)
+torch.ones(2_000_000).exp().sum()
+want = attend(0)
+child = os.fork()
+if child == 0:
+    os._exit(0 if attend(0) == want else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = _python(code, SIMVLM_NUM_THREADS="2")
+    assert done.stdout == "0\n", done.stderr
+
+
+def test_torch_threads_do_the_work_where_torch_is_loaded():
+    code = """
+import os, torch
+from simvlm.kernels import PrefixLayout, prefix_attention
+torch.set_num_threads(3)
+x = torch.ones(2000, 4, 64)
+for _ in range(3):
+    (x @ x.mT).sum()
+before = len(os.listdir("/proc/self/task"))
+prefix_attention(x, x, x, PrefixLayout.packed([2000]), impl="cpp")
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+    assert _python(code, OMP_NUM_THREADS="3").stdout == "0\n"
+
+
 def test_concurrent_callers_get_their_own_answers():
     want = [attend(seed) for seed in range(4)]
     with concurrent.futures.ThreadPoolExecutor(4) as executor:
