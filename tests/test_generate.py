@@ -10,7 +10,10 @@ import pytest
 import torch
 from model_cases import ARCHS, ONE_STACK, TINY, tiny_model
 
+from simvlm.kernels import parity
+from simvlm.kernels.attention import spec as attention_spec
 from simvlm.model import Batch
+from simvlm.model.decoding import Decoding
 from simvlm.model.generate import Sampling, _Search, beam_search, sample_search
 
 BOS, EOS = 1, 2
@@ -75,6 +78,45 @@ def test_greedy_is_the_likeliest_token_of_whole_forward_passes(model):
         assert text.finished == (len(tokens) < MAX_LEN)
         torch.testing.assert_close(text.score, total / _norm(len(tokens) + text.finished))
     assert len({text.tokens for text in texts}) > 1
+
+
+@pytest.mark.parametrize("config", ARCHS.values(), ids=ARCHS)
+def test_cached_logits_are_within_the_error_budget_of_whole_passes(config):
+    model = tiny_model(config).float().eval()
+    exact = tiny_model(config).eval()
+    exact.load_state_dict(model.state_dict())  # the same float32 weights, in float64
+    images, prompts = _items(config)
+    rng = np.random.default_rng(7)
+    texts = rng.integers(4, config.vocab_size, (len(prompts), MAX_LEN - 1))
+    empty = np.zeros(0, np.int32)
+    batch = Batch(
+        images=np.stack([image for image in images if image is not None]),
+        has_image=np.array([image is not None for image in images]),
+        encoder_text=np.array([token for prompt in prompts for token in prompt], np.int32),
+        encoder_text_lens=np.array([len(prompt) for prompt in prompts], np.int32),
+        decoder_inputs=empty,
+        targets=empty,
+        decoder_lens=np.zeros(len(prompts), np.int32),
+        sources=np.zeros(len(prompts), np.int8),
+        sample_ids=np.arange(len(prompts)),
+    )
+    with torch.no_grad():
+        decoding = Decoding(model, batch, 1, MAX_LEN)
+        steps = np.concatenate([np.full((len(prompts), 1), BOS), texts], 1)
+        cached = torch.stack([decoding.step(torch.from_numpy(steps[:, t]), t, None) for t in range(MAX_LEN)], 1)
+
+    def whole(model):
+        rows = [
+            torch.stack([_next_logits(model, image, prompt, text[:t]) for t in range(MAX_LEN)])
+            for image, prompt, text in zip(images, prompts, texts.tolist(), strict=True)
+        ]
+        return torch.stack(rows).double().numpy()
+
+    truth, yardstick = whole(exact), whole(model)
+    floor = (attention_spec.FLOOR * np.abs(truth).max(), attention_spec.FLOOR * np.sqrt((truth**2).mean()))
+    got = cached.double().numpy()
+    assert not parity.compare(attention_spec, "logits", "float32", got, truth, yardstick, floor)
+    assert not np.array_equal(got, truth)
 
 
 def _plain_beam_search(model, image, prompt, beam):

@@ -29,7 +29,7 @@ ABLATIONS = {
     "one stack": {"encoder_depth": 0},
 }
 SIZES = {
-    "demo": 3_853_752,
+    "demo": 1_341_416,
     "small": 84_583_552,
     "base": 251_829_584,
     "large": 782_123_456,

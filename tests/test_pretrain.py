@@ -445,6 +445,15 @@ def test_broken_images_are_skipped_and_counted(world, tmp_path):
     assert log_of(tmp_path / "run")[-1]["skipped"] == len(skipped) == 4
 
 
+def test_a_shard_cut_short_is_named_and_used(world, tmp_path, capsys):
+    whole = sorted((world / "pairs").glob("*.tar"))[0].read_bytes()
+    shard = tmp_path / "00000.tar"
+    shard.write_bytes(whole[: len(whole) // 2])
+    settings = settings_of(world, tmp_path / "run", steps=2)
+    pretrain(dataclasses.replace(settings, data=dataclasses.replace(settings.data, pairs=(str(shard),))))
+    assert f"{shard} is cut short; what is whole in it is used" in capsys.readouterr().err
+
+
 def killed_after(lines, command, log):
     """Runs a command until its log has so many lines, then SIGKILLs it."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -40,7 +40,7 @@ from simvlm.data.scenes import (
 from simvlm.data.shards import ImageTextShards
 from simvlm.data.world import write_world
 
-GOLDEN = "1e019bfc01148a74f0ebda10b3aa05fcc52b153e7ae2dddf56c13677a52f28b2"
+GOLDEN = "7441f0ee8a5ad988b2afb7542dd867c643a12b78186feed769318c617e788f07"
 
 
 def fingerprint() -> str:
@@ -56,7 +56,7 @@ def fingerprint() -> str:
 
 
 def shape(kind="circle", colour="red", size="small", texture="plain", x=300, y=300):
-    radius = 100 if size == "small" else 180
+    radius = 120 if size == "small" else 195
     return Shape(kind=kind, colour=colour, size=size, texture=texture, x=x, y=y, radius=radius, tint=0)
 
 

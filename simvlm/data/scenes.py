@@ -28,7 +28,7 @@ COLOURS = {
     "black": (28, 28, 32),
     "white": (250, 250, 250),
 }
-SIZES = {"small": (92, 112), "large": (164, 192)}
+SIZES = {"small": (112, 128), "large": (184, 208)}
 """radius, from and to: far enough apart that no shape is of middling size."""
 TEXTURES = ("plain", "striped", "dotted")
 SPLITS = ("train", "test", "heldout")

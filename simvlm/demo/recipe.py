@@ -36,7 +36,7 @@ from simvlm.train.pretrain import data, model_config, pretrain
 from simvlm.train.settings import DataSettings, OptimizerSettings, PretrainSettings
 from simvlm.train.torch_engine import TorchEngine
 
-PAIRS, DOCUMENTS = 80_000, 10_000
+PAIRS, DOCUMENTS = 100_000, 10_000
 VOCAB_SIZE = 512
 BEAM = 4
 METRICS = "metrics.json"
@@ -55,13 +55,13 @@ def recipe(out: Path, *, seed: int, steps: int) -> PretrainSettings:
             pairs=(str(out / "world/pairs/*.tar"),),
             documents=(str(out / "world/documents/*.jsonl.gz"),),
             tokenizer=str(out / "tokenizer.model"),
-            pairs_per_step=64,
-            documents_per_step=8,  # the paper's 8 : 1
+            pairs_per_step=32,
+            documents_per_step=4,  # the paper's 8 : 1
         ),
-        optimizer=OptimizerSettings(lr=1.5e-3),
+        optimizer=OptimizerSettings(lr=6e-4, beta2=0.98, max_grad_norm=1.0),
         device="cpu",
         log_every=10,
-        checkpoint_every=500,
+        checkpoint_every=1000,
         keep=1,
     )
 

@@ -26,8 +26,9 @@ class SimVLMConfig:
         conv_strides: of each stage's first block.
         conv_stem: "resnet" (7×7 stride 2, max-pool stride 2) or "small" (3×3 stride 2); before the first stage.
         conv_stem_width: its channels.
-        conv_last_weight: where the weight of each block's last norm starts: 0, a block that passes its input on (Goyal et
-            al. 2017, §5.1), or 1. At 0 it opens by one learning rate a step at the most, too slowly for a run of minutes.
+        conv_last_weight: where the weight of each block's last norm starts: 0, a block that passes its input on (Goyal
+            et al. 2017, §5.1), or 1. From 0 it opens by a learning rate a step at the most, too slowly for a run of
+            minutes.
         init_std: of the linear maps' weights at the start; all other weights have 0.02. A narrow model wants more: 0.02
             is half of 1/√D at D = 768, a fifth of it at D = 128.
         patch_size: side of the square of the last stage's pixels (the image's, without stages) that is one token.
@@ -156,8 +157,9 @@ def _size(layers: int, width: int, heads: int, mlp: int, conv: tuple[int, ...], 
 
 
 VARIANTS: dict[str, SimVLMConfig] = {
-    "demo": _size(4, 192, 6, 768, (1, 1), decoder_depth=3, conv_stem="small", conv_stem_width=32, conv_widths=(32, 64),
-                  conv_strides=(2, 2), image_size=64, vocab_size=512, max_text_len=64),  # ours: learns on two CPU cores
+    "demo": _size(2, 128, 4, 512, (1, 3), decoder_depth=3, conv_stem="small", conv_stem_width=32, conv_widths=(16, 32),
+                  conv_strides=(2, 2), conv_last_weight=1.0, init_std=0.08,  # as a short run of a narrow model wants it
+                  image_size=64, vocab_size=512, max_text_len=64),  # ours: learns on two CPU cores
     "small": _size(8, 512, 8, 2048, _RESNET50),  # ours; depth and width: the paper's ablations (recalled)
     "base": _size(12, 768, 12, 3072, _RESNET101),  # ViT-B (Dosovitskiy et al. 2021, table 1) in each stack
     "large": _size(24, 1024, 16, 4096, _RESNET152),  # ViT-L

@@ -57,7 +57,12 @@ class BatchNorm(nn.Module):
         self.frozen = False
 
     def reset_parameters(self) -> None:
-        constants = ((self.weight, self.initial_weight), (self.bias, 0.0), (self.running_mean, 0.0), (self.running_var, 1.0))
+        constants = (
+            (self.weight, self.initial_weight),
+            (self.bias, 0.0),
+            (self.running_mean, 0.0),
+            (self.running_var, 1.0),
+        )
         for tensor, value in constants:
             nn.init.constant_(tensor, value)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,9 @@ def pretrain(settings: PretrainSettings, *, resume: bool = False) -> Path:
     tokenizer = Tokenizer(settings.data.tokenizer)
     config = model_config(settings, tokenizer.vocab_size)
     mixture = data(settings, tokenizer, config)
+    for shards in (mixture.pairs, mixture.documents):
+        for shard in [] if shards is None else shards.cut:
+            print(f"{shard} is cut short; what is whole in it is used", file=sys.stderr)
     from simvlm.train.torch_engine import TorchEngine
 
     engine = TorchEngine(settings, config)
