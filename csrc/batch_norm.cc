@@ -340,8 +340,7 @@ void backward_chunk(void* context, int64_t index) {
   });
 }
 
-// ---- one task function for the dtype, the activation, the statistics
-// -------------------------------------------------
+// ---- one task function for the dtype, the activation, the statistics ----
 
 template <class Float>
 Task reductions_task(const NormBackwardReductions& a) {

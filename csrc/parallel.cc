@@ -149,10 +149,11 @@ Parallel find_torch_parallel() {
 }
 
 std::atomic<bool> is_forked{false};
+// When the module loads, not at the first call: torch's threads may be there before, and a fork before that call.
+const int registered = pthread_atfork(nullptr, nullptr, [] { is_forked = true; });
 
 Parallel torch_parallel() {
   static std::atomic<Parallel> found{nullptr};
-  static const int registered = pthread_atfork(nullptr, nullptr, [] { is_forked = true; });
   if (is_forked || registered != 0) return nullptr;  // OpenMP's threads did not survive, and it does not know
   Parallel parallel = found.load(std::memory_order_relaxed);
   if (parallel == nullptr) {  // torch may be imported later: look again
@@ -197,6 +198,7 @@ void parallel_for(int64_t count, int threads, void (*task)(void*, int64_t), void
 }
 
 float* thread_scratch(int64_t floats) {
+  if (floats < 1) floats = 1;  // null means that there is no memory
   if (scratch.floats < floats) {
     std::free(scratch.data);
     const size_t bytes = (static_cast<size_t>(floats) * sizeof(float) + 63) / 64 * 64;

@@ -11,7 +11,7 @@ namespace simvlm {
 
 // Runs task(context, i) for every i in [0, count) on up to `threads` threads, the caller among them, and returns when
 // all are done. Which thread runs which index is not fixed: a task must write only what its index owns. A call from
-// inside a task, or while another caller holds the pool, runs on the caller alone. Safe after fork.
+// inside a task, or without torch while another caller holds the pool, runs on the caller alone. Safe after fork.
 void parallel_for(int64_t count, int threads, void (*task)(void* context, int64_t index), void* context);
 
 // This thread's scratch: at least `floats` floats, 64-byte aligned, unspecified contents, valid until the next call

@@ -19,6 +19,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:  # what a user can mend; anything else is a bug and shows its traceback
         print(f"simvlm {arguments.command}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt as stopped:
+        print(f"simvlm {arguments.command}: {str(stopped) or 'interrupted'}", file=sys.stderr)
+        return 130
     print(output)
     return 0
 

@@ -248,3 +248,20 @@ def test_quick_run_writes_its_three_files(tmp_path: Path) -> None:
     assert str(ROOT) not in page + json.dumps(report)
     assert (folder / "prefix_attention.png").read_bytes().startswith(b"\x89PNG")
     assert "strongest peer" in done.stdout
+
+
+def test_make_quick(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks import quick
+
+    monkeypatch.setattr(quick, "_CASES", 1)
+    monkeypatch.setattr(quick, "_ROUNDS", 1)
+    monkeypatch.setattr(quick, "named", lambda name: bench_attention.named("scaled"))
+    monkeypatch.setattr(quick, "_SHAPE", (2, 4, 4, 16))
+    assert quick.main() == 0
+    printed = capsys.readouterr().out
+    for said in ("prefix_attention", "batch_norm_act", "embed_sequence", "1 of 1", "SDPA, bias built", "simvlm cpp"):
+        assert said in printed
+    # A kernel that misses its budget is told by the exit status too (and would get no time).
+    monkeypatch.setattr(quick.parity, "violations", lambda *rest: ["one"])
+    monkeypatch.setattr(quick, "_speeds", lambda contestants: "")
+    assert quick.main() == 1

@@ -62,6 +62,23 @@ def test_unreadable_pictures_are_named_and_the_others_captioned(folder, capsys):
     assert all(path in printed.err for path in paths[1:4])
 
 
+def test_pictures_are_read_as_in_training(folder, tmp_path):
+    """Upright by their EXIF tag, transparency over white."""
+    _, preprocess, _ = load(folder / "model")
+    see_through = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
+    see_through.save(tmp_path / "a.png")
+    assert (preprocess(tmp_path / "a.png") == 255).all()
+    assert (preprocess(see_through) == 255).all()
+    halves = Image.new("RGB", (16, 16))
+    halves.paste((255, 255, 255), (0, 0, 8, 16))
+    exif = halves.getexif()
+    exif[274] = 6  # turn by 90° to see it
+    halves.save(tmp_path / "b.jpg", exif=exif, quality=95)
+    seen = preprocess(tmp_path / "b.jpg")
+    assert seen[:6].mean() > 200
+    assert seen[-6:].mean() < 50
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -40,7 +40,7 @@ def told(scene):
 
 @pytest.fixture(scope="module")
 def perfect():
-    return [Prediction(scene, told(scene)) for split in evaluate.SPLITS for scene in fixed_scenes(split, 30)]
+    return [Prediction(scene, told(scene)) for split in evaluate.SPLITS for scene in fixed_scenes(split)]
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +96,36 @@ def test_a_line_that_is_no_prediction_is_named(line, perfect, tmp_path):
 def test_score_without_predictions(tmp_path, capsys):
     assert cli.main(["demo", "score", "--out", str(tmp_path)]) == 1
     assert "holds no predictions.jsonl" in capsys.readouterr().err
+
+
+def test_score_wants_every_fixed_picture_once(perfect, tmp_path, capsys):
+    evaluate.write([*perfect[1:], perfect[-1]], tmp_path / evaluate.FILE)
+    assert cli.main(["demo", "score", "--out", str(tmp_path)]) == 1
+    assert "must hold each of the 600 fixed pictures once, got 600 lines, 1 pictures missing" in capsys.readouterr().err
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    assert cli.main(["demo", "--out", str(tmp_path)]) == 1
+    assert "holds something else" in capsys.readouterr().err
+    assert (tmp_path / "run").exists()
+
+
+def test_ctrl_c_is_one_line(tmp_path, capsys, monkeypatch):
+    def interrupt(*rest, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipe, "demo", interrupt)
+    assert cli.main(["demo", "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "simvlm demo: interrupted\n"
+
+
+def test_a_page_of_empty_captions(perfect, untrained, tmp_path):
+    model, tokenizer = untrained
+    silent = [dataclasses.replace(p, caption="") for p in perfect]
+    log = [{"step": step, "loss_image_text": 3 / step, "loss_text_only": 4 / step} for step in range(1, 20)]
+    report.write(tmp_path, model, tokenizer, silent, NUMBERS | evaluate.metrics(silent), log)
+    assert "Where it looks" not in (tmp_path / report.FILE).read_text()
 
 
 def test_minutes_must_be_positive(tmp_path, capsys):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import shutil
 import signal
@@ -94,7 +93,9 @@ def test_yaml_numbers_that_yaml_reads_as_text(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("optimizer: {lr: 1e-3, max_grad_norm: 1}\n")
     settings = run_settings.load(file)
-    assert (settings.optimizer.lr, settings.optimizer.max_grad_norm, settings.out) == (1e-3, 1.0, str(tmp_path))
+    assert (settings.optimizer.lr, settings.optimizer.max_grad_norm) == (1e-3, 1.0)
+    with pytest.raises(ValueError, match="out must be a folder, got none"):
+        run_settings.check(settings)
 
 
 @pytest.mark.parametrize(
@@ -295,7 +296,7 @@ def small_mixture(world):
 
 
 def train(engine, mixture, world, tmp_path, **changes):
-    return loop.train(engine, mixture, settings_of(world, tmp_path, **changes), image_len=CONFIG.image_len)
+    return loop.Run(engine, mixture, settings_of(world, tmp_path, **changes), image_len=CONFIG.image_len).all_steps()
 
 
 def test_ctrl_c_saves_and_the_run_goes_on(world, small_mixture, tmp_path):
@@ -309,9 +310,8 @@ def test_ctrl_c_saves_and_the_run_goes_on(world, small_mixture, tmp_path):
 
     run = tmp_path / "run"
     run.mkdir()
-    with pytest.raises(loop.Interrupted) as caught:
+    with pytest.raises(loop.Interrupted, match=r"stopped after step 4, saved; .*--resume .*run` goes on"):
         train(Counting(interrupt), small_mixture, world, run)
-    assert caught.value.step == 4
     assert checkpoint.newest(run)[0] == 4
     again = Counting()
     train(again, small_mixture, world, run)
@@ -411,17 +411,81 @@ def test_a_run_writes_what_describes_it(world, tmp_path):
         pretrain(settings_of(world, tmp_path / "run"))
 
 
-def test_resume_wants_a_checkpoint_and_its_tokenizer(world, tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
-        pretrain(settings_of(world, tmp_path / "run"), resume=True)
-    settings = settings_of(world, tmp_path / "run")
+@pytest.mark.parametrize("change", ["tokenizer", "model", "data"])
+def test_a_refused_resume_spoils_nothing(change, world, tmp_path):
+    run = tmp_path / "run"
+    settings = settings_of(world, run)
     pretrain(dataclasses.replace(settings, steps=2))
-    other = tmp_path / "other.model"
-    pairs = ImageTextShards(settings.data.pairs)
-    train_tokenizer([pairs.text(i) for i in range(len(pairs))] * 2 + ["äöü" * 9], other, vocab_size=VOCABULARY)
-    data = dataclasses.replace(settings.data, tokenizer=str(other))
-    with pytest.raises(ValueError, match=r"data.tokenizer must be the one that .*step-00000002 was trained with"):
-        pretrain(dataclasses.replace(settings, data=data), resume=True)
+    before = (run / "run.yaml").read_text()
+    if change == "tokenizer":
+        other = tmp_path / "other.model"
+        pairs = ImageTextShards(settings.data.pairs)
+        train_tokenizer([pairs.text(i) for i in range(len(pairs))] * 2 + ["äöü" * 9], other, vocab_size=VOCABULARY)
+        wrong = dataclasses.replace(settings, data=dataclasses.replace(settings.data, tokenizer=str(other)))
+        message = r"data.tokenizer must be the one that .*step-00000002 was trained with"
+    elif change == "model":
+        other = tmp_path / "other.json"
+        other.write_text(json.dumps(CONFIG.to_dict() | {"decoder_positions": "continue"}))
+        wrong = dataclasses.replace(settings, variant=str(other))
+        message = "variant must be the model of .*, got another: decoder_positions continue"
+    else:
+        shard = sorted((world / "pairs").glob("*.tar"))[0]
+        wrong = dataclasses.replace(settings, data=dataclasses.replace(settings.data, pairs=(str(shard),)))
+        message = "data.pairs must be the 60 samples that .* was trained with, got 32"
+    with pytest.raises(ValueError, match=message):
+        pretrain(wrong, resume=True)
+    assert (run / "run.yaml").read_text() == before
+    pretrain(settings, resume=True)
+    assert checkpoint.newest(run)[0] == 6
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(world, tmp_path):
+    pretrain(settings_of(world, tmp_path / "whole"))
+    run = tmp_path / "run"
+    settings = settings_of(world, run)
+    pretrain(settings)
+    shutil.rmtree(run / "checkpoints")
+    lines = (run / loop.LOG).read_text().splitlines()[:3]
+    (run / loop.LOG).write_text("\n".join(lines) + '\n{"step": 4, "lo')
+    pretrain(settings, resume=True)
+    assert log_of(run) == log_of(tmp_path / "whole")
+
+
+def test_documents_alone_train_in_a_fresh_process(world, tmp_path):
+    settings = settings_of(world, tmp_path / "run", steps=2)
+    settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, pairs=()))
+    run_settings.save(settings, tmp_path)
+    command = [sys.executable, "-m", "simvlm.cli", "pretrain", "--config", str(tmp_path / "run.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "loss_image_text" not in log_of(tmp_path / "run")[-1]
+
+
+def test_a_run_stopped_at_once_keeps_the_checkpoint_it_came_from(world, small_mixture, tmp_path):
+    first = train(Counting(), small_mixture, world, tmp_path, steps=2)
+    (first / "mark").write_text("the same folder")
+
+    def diverge(step):
+        raise Diverged(float("nan"), [0])
+
+    with pytest.raises(ValueError, match="step 3 gave nan"):
+        train(Counting(diverge), small_mixture, world, tmp_path)
+    assert (first / "mark").exists()
+
+
+def test_a_full_disk_takes_the_log_and_not_the_run(world, small_mixture, tmp_path, monkeypatch, capsys):
+    real = open
+
+    def full(path, mode="r", *rest, **options):
+        if str(path).endswith(loop.LOG) and mode == "a":
+            raise OSError(28, "No space left on device")
+        return real(path, mode, *rest, **options)
+
+    monkeypatch.setattr(loop, "open", full, raising=False)
+    engine = Counting()
+    train(engine, small_mixture, world, tmp_path)
+    assert engine.steps == 6
+    assert "log.jsonl not written: [Errno 28] No space left" in capsys.readouterr().err
 
 
 def test_broken_images_are_skipped_and_counted(world, tmp_path):
@@ -470,20 +534,20 @@ def killed_after(lines, command, log):
     assert process.returncode == -signal.SIGKILL
 
 
-def test_a_run_killed_twice_gives_the_same_bits(world, tmp_path):
-    options = {"steps": 60, "checkpoint_every": 7}
-    pretrain(settings_of(world, tmp_path / "whole", **options))
-    run = tmp_path / "run"
-    (tmp_path / "start").mkdir()
-    run_settings.save(settings_of(world, run, **options), tmp_path / "start")
+def test_a_run_killed_twice_gives_the_same_bits(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
     command = [sys.executable, "-m", "simvlm.cli", "pretrain"]
-    killed_after(10, [*command, "--config", str(tmp_path / "start/run.yaml")], run / loop.LOG)
+    for name in ("whole", "run"):
+        (tmp_path / f"{name}-start").mkdir()
+        run_settings.save(settings_of(world, tmp_path / name, steps=60, checkpoint_every=7), tmp_path / f"{name}-start")
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    subprocess.run([*command, "--config", f"{whole}-start/run.yaml"], check=True, capture_output=True)
+    killed_after(10, [*command, "--config", f"{run}-start/run.yaml"], run / loop.LOG)
     assert (checkpoint.newest(run) or (0,))[0] < 60
     killed_after(30, [*command, "--resume", str(run)], run / loop.LOG)
     assert checkpoint.newest(run)[0] < 60
-    subprocess.run([*command, "--resume", str(run)], check=True, capture_output=True, env=os.environ)
-    assert log_of(run) == log_of(tmp_path / "whole")
-    (step, tensors), (whole_step, whole) = model_of(run), model_of(tmp_path / "whole")
+    subprocess.run([*command, "--resume", str(run)], check=True, capture_output=True)
+    assert log_of(run) == log_of(whole)
+    (step, tensors), (whole_step, expected) = model_of(run), model_of(whole)
     assert step == whole_step == 60
-    assert all(torch.equal(tensors[name], whole[name]) for name in whole)
-    shutil.rmtree(run)
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)

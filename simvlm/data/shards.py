@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
+
+from simvlm.data.transforms import upright
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 _INDEX_VERSION = 1
@@ -150,19 +152,9 @@ def decode(image_bytes: bytes, *, shard: str = "", key: str = "", least: int | N
         with Image.open(io.BytesIO(image_bytes)) as image:
             if least is not None:
                 image.draft("RGB", (least, least))
-            return np.asarray(_rgb(ImageOps.exif_transpose(image)))
+            return upright(image)
     except Exception as error:  # Pillow's plug-ins raise whatever they stumble over.
         raise BrokenSample("broken image", shard, key) from error
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        # 16 bits of grey, which Pillow would clip to 8.
-        return Image.fromarray((np.asarray(image, np.uint32) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
 
 
 def _read(file: io.BufferedReader, place: np.ndarray) -> bytes:

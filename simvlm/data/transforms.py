@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from simvlm.data.draws import Draws
 
 LEAST_AREA_PERCENT = 90
+
+
+def upright(image: Image.Image) -> np.ndarray:
+    """A picture as uint8[H, W, 3]: turned as its EXIF tag says, transparency over white."""
+    return np.asarray(_rgb(ImageOps.exif_transpose(image)))
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
@@ -37,3 +42,13 @@ def random_resized_crop(image: np.ndarray, size: int, *key: int | str) -> np.nda
         (top + tall) * height / 10_000,
     )
     return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC, box=box))
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        # 16 bits of grey, which Pillow would clip to 8.
+        return Image.fromarray((np.asarray(image, np.uint32) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")

@@ -21,6 +21,8 @@ from simvlm.model.torch_model import SimVLM
 
 FILE = "predictions.jsonl"
 SPLITS = ("test", "heldout")
+PICTURES = 300
+"""of each split"""
 MAX_LEN = 60
 _ITEMS = 100
 """decoded together"""
@@ -38,7 +40,7 @@ class Prediction:
         return judge(self.caption, self.scene)
 
 
-def predict(model: SimVLM, tokenizer: Tokenizer, *, beam: int, pictures: int = 300) -> list[Prediction]:
+def predict(model: SimVLM, tokenizer: Tokenizer, *, beam: int, pictures: int = PICTURES) -> list[Prediction]:
     """Captions of the fixed pictures of both splits, `pictures` of each."""
     prompt = tokenizer.encode(PROMPT)
     predictions = []
@@ -89,11 +91,28 @@ def read(path: Path) -> list[Prediction]:
     return predictions
 
 
+def check_complete(predictions: Sequence[Prediction], source: str) -> None:
+    """
+    Raises:
+        ValueError: these are not one prediction for each of the fixed pictures.
+    """
+    wanted = sorted(_identity(scene) for split in SPLITS for scene in fixed_scenes(split, PICTURES))
+    got = sorted(_identity(prediction.scene) for prediction in predictions)
+    if got != wanted:
+        missing, extra = set(wanted) - set(got), set(got) - set(wanted)
+        what = f"{len(got)} lines, {len(missing)} pictures missing, {len(extra)} others"
+        raise ValueError(f"{source} must hold each of the {len(wanted)} fixed pictures once, got {what}")
+
+
+def _identity(scene: Scene) -> tuple[str, int, int]:
+    return scene.split, scene.seed, len(scene.shapes)
+
+
 def metrics(predictions: Sequence[Prediction]) -> dict[str, float]:
     """Shares of right captions: of all test pictures, by number of objects, of held-out combinations, and the control.
 
-    The control `caption_correct_shuffled` judges every test caption by the next picture with as many objects: what a
-    model that does not look at its picture could reach at the best.
+    The control `caption_correct_shuffled` judges every test caption by the next picture with as many objects: how often
+    these captions are right of a picture that they were not written for.
     """
     test = [prediction for prediction in predictions if prediction.scene.split == "test"]
     heldout = [prediction for prediction in predictions if prediction.scene.split == "heldout"]

@@ -23,16 +23,16 @@ import numpy as np
 import torch
 
 import simvlm
-from simvlm.data.mixture import Mixture
 from simvlm.data.shards import ImageTextShards
 from simvlm.data.text import TextShards
 from simvlm.data.tokenizer import Tokenizer, train_tokenizer
 from simvlm.data.world import write_world
 from simvlm.demo import evaluate, report
+from simvlm.kernels import implementations
 from simvlm.model.config import SimVLMConfig
 from simvlm.model.weights import load
 from simvlm.train import loop
-from simvlm.train.pretrain import data, model_config, pretrain
+from simvlm.train.pretrain import mixture_of, model_config, pretrain
 from simvlm.train.settings import DataSettings, OptimizerSettings, PretrainSettings
 from simvlm.train.torch_engine import TorchEngine
 
@@ -70,14 +70,17 @@ def demo(out: Path, *, minutes: float = 12.0, seed: int = 0, pairs: int = PAIRS)
     """Trains for about `minutes` minutes and reports; returns what to print.
 
     Raises:
-        ValueError, OSError: as `simvlm.train.pretrain.pretrain`.
+        ValueError, OSError: as `simvlm.train.pretrain.pretrain`; or `out` holds something that is not the demo's.
     """
     if not minutes > 0:
         raise ValueError(f"minutes must be above 0, got {minutes}")
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, got {seed}")
+    if out.exists() and any(out.iterdir()) and not (out / "world/manifest.json").exists():
+        raise FileExistsError(f"out: {out} holds something else; the demo wants a folder of its own")
     began = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("run", "checkpoint"):
-        shutil.rmtree(out / name, ignore_errors=True)
+    shutil.rmtree(out / "run", ignore_errors=True)
     _world(out, seed, pairs)
     settings = recipe(out, seed=seed, steps=1)
     tokenizer = Tokenizer(settings.data.tokenizer)
@@ -87,11 +90,9 @@ def demo(out: Path, *, minutes: float = 12.0, seed: int = 0, pairs: int = PAIRS)
     _say(f"training: {settings.steps} steps of {step_s:.2f} s")
     checkpoint = pretrain(settings)
     train_seconds = time.perf_counter() - prepared
-    for name in ("model.safetensors", "config.json", "tokenizer.model"):
-        (out / "checkpoint").mkdir(exist_ok=True)
-        shutil.copyfile(checkpoint / name, out / "checkpoint" / name)
-    _say(f"captioning {2 * 300} pictures it has not seen")
-    model, _, tokenizer = load(out / "checkpoint")
+    model, _, tokenizer = load(checkpoint)
+    model.save_pretrained(out / "checkpoint", tokenizer)
+    _say(f"captioning {evaluate.PICTURES} pictures it has not seen, and as many with combinations kept from it")
     predictions = evaluate.predict(model, tokenizer, beam=BEAM)
     evaluate.write(predictions, out / evaluate.FILE)
     numbers: dict[str, Any] = {
@@ -117,7 +118,9 @@ def score(out: Path) -> str:
     path = out / evaluate.FILE
     if not path.exists():
         raise FileNotFoundError(f"out: {out} holds no {evaluate.FILE}; `simvlm demo` writes it")
-    return summary(evaluate.metrics(evaluate.read(path)))
+    predictions = evaluate.read(path)
+    evaluate.check_complete(predictions, str(path))
+    return summary(evaluate.metrics(predictions))
 
 
 def summary(numbers: dict[str, Any]) -> str:
@@ -149,7 +152,7 @@ def _world(out: Path, seed: int, pairs: int) -> None:
 def _step_seconds(settings: PretrainSettings, tokenizer: Tokenizer) -> float:
     """The median of a few real steps, on a model that is thrown away."""
     config = model_config(settings, tokenizer.vocab_size)
-    engine, mixture = TorchEngine(settings, config), data(settings, tokenizer, config)
+    engine, mixture = TorchEngine(settings, config), mixture_of(settings, tokenizer, config)
     times = []
     batches = mixture.iterate(0, _WARM_STEPS + _TIMED_STEPS)
     for _ in range(_WARM_STEPS + _TIMED_STEPS):
@@ -162,10 +165,15 @@ def _step_seconds(settings: PretrainSettings, tokenizer: Tokenizer) -> float:
 def _step_times(settings: PretrainSettings, tokenizer: Tokenizer, config: SimVLMConfig) -> dict[str, float]:
     """Median milliseconds of a step in float32 on the C++ kernels and on the reference, in turn on the same batches."""
     engines = {}
+    runs = {
+        status.name for status in implementations("prefix_attention") if status.family == "torch" and status.available
+    }
     for impl in ("cpp", "reference"):
+        if impl not in runs:
+            continue
         chosen = dataclasses.replace(settings, impl=impl, precision="float32")
         engines[impl] = TorchEngine(chosen, config)
-    mixture: Mixture = data(settings, tokenizer, config)
+    mixture = mixture_of(settings, tokenizer, config)
     times: dict[str, list[float]] = {impl: [] for impl in engines}
     for step in range(6):
         mixed = mixture.batch(step)

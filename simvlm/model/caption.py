@@ -9,6 +9,9 @@ import numpy as np
 from simvlm.model.generate import Sampling
 from simvlm.model.weights import load
 
+_PICTURES = 64
+"""captioned together"""
+
 
 def caption(
     paths: Sequence[str],
@@ -43,13 +46,12 @@ def caption(
             pictures.append(None)
             problems.append(str(error))
     readable = [picture for picture in pictures if picture is not None]
-    texts = iter(
-        model.generate(
-            readable,
-            [tokenizer.encode(prompt)] * len(readable),
-            beam=1 if sample is not None else beam,
-            sample=sample,
-            max_len=max_len,
-        )
-    )
-    return [None if picture is None else tokenizer.decode(next(texts).tokens) for picture in pictures], problems
+    texts: list[str] = []
+    for first in range(0, len(readable), _PICTURES):
+        part = readable[first : first + _PICTURES]
+        prompts = [tokenizer.encode(prompt)] * len(part)
+        beams = 1 if sample is not None else beam
+        written = model.generate(part, prompts, beam=beams, sample=sample, max_len=max_len)
+        texts += [tokenizer.decode(text.tokens) for text in written]
+    rest = iter(texts)
+    return [None if picture is None else next(rest) for picture in pictures], problems

@@ -71,18 +71,17 @@ class Preprocess:
         """
         from PIL import Image
 
-        from simvlm.data.transforms import resize
+        from simvlm.data.shards import BrokenSample, decode
+        from simvlm.data.transforms import resize, upright
 
         if isinstance(image, (str, os.PathLike)):
             try:
-                with Image.open(image) as opened:
-                    return resize(np.asarray(opened.convert("RGB")), self.image_size)
-            except FileNotFoundError:
-                raise
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-                raise ValueError(f"preprocess: image must be a readable picture, got {image} ({error})") from error
+                return resize(decode(Path(image).read_bytes(), shard=str(image)), self.image_size)
+            except BrokenSample as broken:
+                why = f" ({broken.__cause__})" if broken.__cause__ else ""
+                raise ValueError(f"preprocess: image must be a readable picture, got {image}{why}") from broken
         if isinstance(image, Image.Image):
-            image = np.asarray(image.convert("RGB"))
+            image = upright(image)
         if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             got = f"{image.dtype}{list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
             raise ValueError(f"preprocess: image must be a path, a PIL image or uint8[H, W, 3], got {got}")
@@ -123,11 +122,7 @@ def from_pretrained(folder: str | Path, *, image_size: int | None = None, **opti
         ValueError: a file is broken, or its tensors are not the model's; every missing, unexpected and misshapen one is
             named.
     """
-    values = _read_config(folder)
-    values.pop("tokenizer_sha256", None)
-    if values.pop("model_type", None) != _MODEL_TYPE:
-        raise ValueError(f'from_pretrained: {CONFIG} in {folder} must say "model_type": "{_MODEL_TYPE}"')
-    stored = SimVLMConfig.from_dict(values)
+    stored = stored_config(folder)
     config = stored if image_size is None else dataclasses.replace(stored, image_size=image_size)
     weights = _existing(folder, WEIGHTS)
     try:
@@ -141,6 +136,19 @@ def from_pretrained(folder: str | Path, *, image_size: int | None = None, **opti
     model.conv.set_constants()
     load_tensors(model, tensors, str(weights))
     return model.eval()
+
+
+def stored_config(folder: str | Path) -> SimVLMConfig:
+    """The architecture of a folder's model.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, or it is broken; the fields at fault are named.
+    """
+    values = _read_config(folder)
+    values.pop("tokenizer_sha256", None)
+    if values.pop("model_type", None) != _MODEL_TYPE:
+        raise ValueError(f'from_pretrained: {CONFIG} in {folder} must say "model_type": "{_MODEL_TYPE}"')
+    return SimVLMConfig.from_dict(values)
 
 
 def load_tensors(model: SimVLM, tensors: dict[str, Tensor], source: str) -> None:

@@ -1,1 +1,1 @@
-"""Training: objectives."""
+"""Training: settings, loop, engines, checkpoints."""

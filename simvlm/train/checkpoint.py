@@ -31,6 +31,8 @@ def save(run: Path, step: int, state: dict[str, Any], write: Callable[[Path], No
         OSError: it could not be written, and what was written of it is removed; older ones are untouched.
     """
     target = run / "checkpoints" / f"step-{step:08d}"
+    if target.is_dir():  # a run that stops at the step it went on from
+        return target
     aside = target.with_name(target.name + ".part")
     shutil.rmtree(aside, ignore_errors=True)
     try:
@@ -39,7 +41,6 @@ def save(run: Path, step: int, state: dict[str, Any], write: Callable[[Path], No
         (aside / STATE).write_text(json.dumps(state | {"step": step}, indent=1) + "\n")
         for path in [*aside.iterdir(), aside]:
             _to_disk(path)
-        shutil.rmtree(target, ignore_errors=True)  # of the same step: a run that was resumed and stopped at once
         aside.replace(target)
         _to_disk(target.parent)
     except BaseException as error:
@@ -48,7 +49,8 @@ def save(run: Path, step: int, state: dict[str, Any], write: Callable[[Path], No
             raise OSError(f"cannot write {target} ({error})") from error
         raise
     for _, old in _all(run)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        # Under another name first: half a folder must not pass for a checkpoint.
+        shutil.rmtree(old.replace(old.with_name(old.name + ".old")), ignore_errors=True)
     return target
 
 
@@ -61,6 +63,18 @@ def newest(run: Path) -> tuple[int, Path] | None:
 def read_state(folder: Path) -> dict[str, Any]:
     """What `save` was given."""
     return json.loads((folder / STATE).read_text())
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that is there whole or as it was before."""
+    aside = path.with_name(path.name + ".part")
+    try:
+        aside.write_text(text)
+        _to_disk(aside)
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def _all(run: Path) -> list[tuple[int, Path]]:

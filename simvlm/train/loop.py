@@ -14,7 +14,7 @@ import json
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,20 +41,12 @@ class Engine(Protocol):
     def load(self, folder: Path) -> None: ...
 
 
-class Interrupted(Exception):
-    """The run was asked to stop, and has saved itself.
-
-    Attributes:
-        step: how many are done.
-    """
-
-    def __init__(self, step: int) -> None:
-        super().__init__(step)
-        self.step = step
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop, and has saved itself."""
 
 
-def train(engine: Engine, mixture: Mixture, settings: PretrainSettings, *, image_len: int) -> Path:
-    """Takes the steps that are left and returns the folder of the last checkpoint.
+class Run:
+    """A run on its way: `all_steps` takes those that are left.
 
     Args:
         engine: fresh; it is given the state of the run's newest checkpoint, if there is one.
@@ -63,16 +55,10 @@ def train(engine: Engine, mixture: Mixture, settings: PretrainSettings, *, image
         image_len: tokens of one image, for the count of tokens per second.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM came; the run has saved itself.
-        ValueError: a loss is not finite, too many samples are broken, or a checkpoint is of another tokenizer.
-        OSError: the last checkpoint could not be written.
+        ValueError: the newest checkpoint is of another model, tokenizer or data; nothing was written.
     """
-    run = _Run(engine, mixture, settings, image_len)
-    return run.all_steps()
 
-
-class _Run:
-    def __init__(self, engine: Engine, mixture: Mixture, settings: PretrainSettings, image_len: int) -> None:
+    def __init__(self, engine: Engine, mixture: Mixture, settings: PretrainSettings, *, image_len: int) -> None:
         self.engine, self.mixture, self.settings, self.image_len = engine, mixture, settings, image_len
         self.folder = Path(settings.out)
         self.step = 0
@@ -83,56 +69,72 @@ class _Run:
 
     def _resume(self, folder: Path) -> None:
         state = checkpoint.read_state(folder)
-        if state["tokenizer_sha256"] != self.mixture.tokenizer.sha256:
-            raise ValueError(f"data.tokenizer must be the one that {folder} was trained with, got another")
+        for name, value in self._what_must_stay().items():
+            if state[name] != value:
+                setting = f"data.{name.removesuffix('_sha256')}"
+                what = "the one" if name.endswith("_sha256") else f"the {state[name]} samples"
+                got = "another" if name.endswith("_sha256") else f"{value}"
+                raise ValueError(f"{setting} must be {what} that {folder} was trained with, got {got}")
         self.engine.load(folder)
         self.step, self.samples, self.skipped = state["step"], state["samples"], Counter(state["skipped"])
-        for name in (LOG, SKIPPED):
-            _keep_until(self.folder / name, self.step)
+
+    def _what_must_stay(self) -> dict[str, Any]:
+        """What the order of the samples depends on, as a checkpoint remembers it."""
+        pairs, documents = self.mixture.pairs, self.mixture.documents
+        return {
+            "tokenizer_sha256": self.mixture.tokenizer.sha256,
+            "pairs": 0 if pairs is None else len(pairs),
+            "documents": 0 if documents is None else len(documents),
+        }
 
     def all_steps(self) -> Path:
+        """Returns the folder of the last checkpoint.
+
+        Raises:
+            Interrupted: SIGINT or SIGTERM came; the run has saved itself.
+            ValueError: a loss is not finite, or too many samples are broken; the state before is saved.
+            OSError: the last checkpoint could not be written, or the data not read.
+        """
+        for name in (LOG, SKIPPED):  # what comes after the checkpoint will be written again
+            _keep_until(self.folder / name, self.step)
+        with _stop_signals() as stop, progress.Display(self.folder, self.settings.steps, self.step) as display:
+            try:
+                return self._steps(stop, display)
+            except (OSError, ValueError):
+                self._try_to_save(display)
+                raise
+
+    def _steps(self, stop: list[int], display: progress.Display) -> Path:
         settings = self.settings
-        saved = checkpoint.newest(self.folder)
-        with (
-            _stop_signals() as stop,
-            open(self.folder / LOG, "a", buffering=1) as log,
-            progress.Display(self.folder, settings.steps, self.step) as display,
-        ):
-            window = _Window(self.image_len)
-            batches = self.mixture.iterate(self.step, settings.steps)
-            while self.step < settings.steps:
-                mixed = window.waiting_for(batches)
-                self._note_skipped(mixed)
-                lr = learning_rate(self.step, settings.steps, settings.optimizer)
-                try:
-                    window.add(mixed, self.engine.step(mixed, lr))
-                except Diverged as diverged:
-                    raise self._divergence(mixed, diverged) from None
-                self.step += 1
-                last = self.step == settings.steps
-                if self.step % settings.log_every == 0 or last:
-                    entry = {"step": self.step, "lr": lr, **window.summary(), "skipped": sum(self.skipped.values())}
-                    log.write(json.dumps(entry) + "\n")
-                    display.show(entry)
-                    window = _Window(self.image_len)
-                if stop or last:
-                    saved = self.step, self.save()
-                elif self.step % settings.checkpoint_every == 0:
-                    try:
-                        saved = self.step, self.save()
-                    except OSError as error:  # a full disk may be emptied before the next one
-                        display.say(f"step {self.step}: no checkpoint written: {error}; the run goes on")
-                if stop and not last:
-                    raise Interrupted(self.step)
-        assert saved is not None
-        return saved[1]
+        window = _Window(self.image_len)
+        batches = self.mixture.iterate(self.step, settings.steps)
+        while self.step < settings.steps:
+            mixed = window.waiting_for(batches)
+            lr = learning_rate(self.step, settings.steps, settings.optimizer)
+            try:
+                window.add(mixed, self.engine.step(mixed, lr))
+            except Diverged as diverged:
+                raise self._divergence(mixed, diverged, display) from None
+            self.step += 1
+            self._note_skipped(mixed, display)
+            if self.step % settings.log_every == 0 or self.step == settings.steps:
+                entry = {"step": self.step, "lr": lr, **window.summary(), "skipped": sum(self.skipped.values())}
+                self._append(LOG, [entry], display)
+                display.show(entry)
+                window = _Window(self.image_len)
+            if self.step == settings.steps:
+                break
+            if stop:
+                self.save()
+                raise Interrupted(
+                    f"stopped after step {self.step}, saved; `simvlm pretrain --resume {self.folder}` goes on"
+                )
+            if self.step % settings.checkpoint_every == 0:
+                self._try_to_save(display)
+        return self.save()
 
     def save(self) -> Path:
-        state = {
-            "samples": self.samples,
-            "skipped": dict(self.skipped),
-            "tokenizer_sha256": self.mixture.tokenizer.sha256,
-        }
+        state = {"samples": self.samples, "skipped": dict(self.skipped), **self._what_must_stay()}
         return checkpoint.save(
             self.folder,
             self.step,
@@ -141,14 +143,30 @@ class _Run:
             self.settings.keep,
         )
 
-    def _note_skipped(self, mixed: Mixed) -> None:
+    def _try_to_save(self, display: progress.Display) -> Path | None:
+        """Where a full disk must not end what goes on: it may be emptied before the next try."""
+        if self.step == 0:
+            return None
+        try:
+            return self.save()
+        except OSError as error:
+            display.say(f"step {self.step}: no checkpoint written: {error}")
+            return None
+
+    def _append(self, name: str, lines: Sequence[dict[str, Any]], display: progress.Display) -> None:
+        try:
+            with open(self.folder / name, "a") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+        except OSError as error:
+            display.say(f"step {self.step}: {name} not written: {error}")
+
+    def _note_skipped(self, mixed: Mixed, display: progress.Display) -> None:
         self.samples += len(mixed.batch.sources) + len(mixed.skipped)
         if not mixed.skipped:
             return
-        with open(self.folder / SKIPPED, "a") as file:
-            for sample in mixed.skipped:
-                self.skipped[sample.kind] += 1
-                file.write(json.dumps({"step": self.step + 1, **dataclasses.asdict(sample)}) + "\n")
+        self.skipped.update(sample.kind for sample in mixed.skipped)
+        lines = [{"step": self.step, **dataclasses.asdict(sample)} for sample in mixed.skipped]
+        self._append(SKIPPED, lines, display)
         count, share = sum(self.skipped.values()), self.settings.data.max_skipped_share
         if self.samples >= _ENOUGH_SAMPLES and count > share * self.samples:
             kinds = ", ".join(f"{kind} {many}" for kind, many in self.skipped.most_common())
@@ -157,17 +175,17 @@ class _Run:
                 f"they are listed in {self.folder / SKIPPED}"
             )
 
-    def _divergence(self, mixed: Mixed, diverged: Diverged) -> ValueError:
+    def _divergence(self, mixed: Mixed, diverged: Diverged, display: progress.Display) -> ValueError:
         """The error of a step that was not taken; what was reached before it is saved."""
         batch = mixed.batch
         rows = diverged.rows or range(len(batch.sources))
         names = [self.mixture.where(int(batch.sources[row]), int(batch.sample_ids[row])) for row in rows]
         shown = ", ".join(f"{key} of {shard}" for shard, key in names[:8])
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-        kept = self.save() if self.step else "none"
+        kept = self._try_to_save(display)
         return ValueError(
             f"step {self.step + 1} gave {diverged.value}, in samples {shown}{more}; the run stopped before it "
-            f"(checkpoint: {kept}); a smaller optimizer.lr or optimizer.max_grad_norm may get past it"
+            f"(checkpoint: {kept or 'none'}); a smaller optimizer.lr or an optimizer.max_grad_norm may get past it"
         )
 
 
@@ -206,7 +224,11 @@ class _Window:
         losses = self.nll / np.maximum(self.suffix_tokens, 1)
         return {
             "loss": float(self.nll.sum() / total),
-            **{f"loss_{name}": float(loss) for name, loss in zip(SOURCES, losses, strict=True)},
+            **{
+                f"loss_{name}": float(loss)
+                for name, loss, tokens in zip(SOURCES, losses, self.suffix_tokens, strict=True)
+                if tokens
+            },
             "image_text_token_share": float(self.suffix_tokens[IMAGE_TEXT] / total),
             "grad_norm": self.grad_norm / self.steps,
             "step_s": seconds / self.steps,
@@ -244,9 +266,7 @@ def _keep_until(path: Path, step: int) -> None:
         return
     kept = []
     for line in path.read_text().splitlines():
-        try:
+        with contextlib.suppress(ValueError):  # cut off when the run was killed
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except ValueError:
-            break  # cut off when the run was killed
-    path.write_text("".join(kept))
+    checkpoint.write_whole(path, "".join(kept))

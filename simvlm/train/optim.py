@@ -1,4 +1,4 @@
-"""AdamW as SimVLM was trained with (§4.1): which parameters decay, and the learning rate of every step."""
+"""AdamW, with which SimVLM was trained: which parameters decay, and the learning rate of every step."""
 
 from __future__ import annotations
 

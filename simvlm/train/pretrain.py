@@ -31,34 +31,32 @@ def pretrain(settings: PretrainSettings, *, resume: bool = False) -> Path:
 
     Args:
         settings: of the run; written to `run.yaml` in its folder.
-        resume: go on from the newest checkpoint of `settings.out`.
+        resume: go on from the newest checkpoint of `settings.out`, or from the beginning if it has none yet.
 
     Raises:
-        ValueError, OSError: a setting, a file or the training itself is at fault; see `simvlm.train.loop.train`.
+        ValueError, OSError: a setting, a file or the training itself is at fault; see `simvlm.train.loop.Run`.
         Interrupted: it was stopped, and saved itself.
     """
     run_settings.check(settings)
     folder = Path(settings.out)
-    found = checkpoint.newest(folder)
-    if resume and found is None:
-        raise FileNotFoundError(f"resume: {folder} holds no checkpoint")
-    if not resume and (found is not None or (folder / loop.LOG).exists()):
+    if not resume and (checkpoint.newest(folder) is not None or (folder / loop.LOG).exists()):
         raise FileExistsError(
             f"out: {folder} holds a run already; --resume {folder} goes on with it, another --out begins anew"
         )
     tokenizer = Tokenizer(settings.data.tokenizer)
     config = model_config(settings, tokenizer.vocab_size)
-    mixture = data(settings, tokenizer, config)
+    mixture = mixture_of(settings, tokenizer, config)
     for shards in (mixture.pairs, mixture.documents):
         for shard in [] if shards is None else shards.cut:
             print(f"{shard} is cut short; what is whole in it is used", file=sys.stderr)
     from simvlm.train.torch_engine import TorchEngine
 
     engine = TorchEngine(settings, config)
-    settings = dataclasses.replace(settings, device=engine.device.type, precision=engine.precision)
+    settings = dataclasses.replace(settings, device=str(engine.device), precision=engine.precision)
+    run = loop.Run(engine, mixture, settings, image_len=config.image_len)
     folder.mkdir(parents=True, exist_ok=True)
-    run_settings.save(settings, folder)
-    return loop.train(engine, mixture, settings, image_len=config.image_len)
+    run_settings.save(settings, folder)  # after all that may refuse: a run that stands must not be spoilt
+    return run.all_steps()
 
 
 def model_config(settings: PretrainSettings, vocab_size: int) -> SimVLMConfig:
@@ -66,7 +64,12 @@ def model_config(settings: PretrainSettings, vocab_size: int) -> SimVLMConfig:
     if settings.variant in VARIANTS or not settings.variant.endswith(".json"):
         config = variant(settings.variant)
     else:
-        values = json.loads(Path(settings.variant).read_text())
+        try:
+            values = json.loads(Path(settings.variant).read_text())
+        except ValueError as error:
+            raise ValueError(f"variant: {settings.variant} must be JSON, got {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"variant: {settings.variant} must hold names and values, got {values!r}")
         config = SimVLMConfig.from_dict(
             {k: v for k, v in values.items() if k not in ("model_type", "tokenizer_sha256")}
         )
@@ -74,7 +77,7 @@ def model_config(settings: PretrainSettings, vocab_size: int) -> SimVLMConfig:
     return dataclasses.replace(config, vocab_size=vocab_size, image_size=image_size)
 
 
-def data(settings: PretrainSettings, tokenizer: Tokenizer, config: SimVLMConfig) -> Mixture:
+def mixture_of(settings: PretrainSettings, tokenizer: Tokenizer, config: SimVLMConfig) -> Mixture:
     """The mixture of the settings' shards."""
     chosen = settings.data
     return Mixture(
@@ -85,8 +88,14 @@ def data(settings: PretrainSettings, tokenizer: Tokenizer, config: SimVLMConfig)
         documents_per_step=chosen.documents_per_step,
         image_size=config.image_size,
         max_text_len=config.max_text_len,
+        row_multiple=_row_multiple((chosen.pairs_per_step + chosen.documents_per_step) * config.max_text_len),
         seed=settings.seed,
     )
+
+
+def _row_multiple(most: int) -> int:
+    """Steps of a batch's capacity: so large that few of the sizes up to `most` rows occur, at the least 64."""
+    return max(64, 1 << max(most // 64, 1).bit_length())
 
 
 def main(argv: Sequence[str]) -> str:
@@ -98,6 +107,8 @@ def main(argv: Sequence[str]) -> str:
     parser.add_argument("--resume")
     files, options = parser.parse_known_args(argv)
     default: dict[str, Any] = {}
+    if files.resume is not None and files.config is not None:
+        raise ValueError("--config must not be given with --resume: a run has its own settings")
     if files.resume is not None:
         own = run_settings.load(Path(files.resume) / run_settings.FILE)
         default["default"] = dataclasses.replace(own, out=files.resume)
@@ -110,7 +121,4 @@ def main(argv: Sequence[str]) -> str:
         description=_DESCRIPTION,
         **default,
     )
-    try:
-        return f"trained: {pretrain(settings, resume=files.resume is not None)}"
-    except loop.Interrupted as stopped:
-        return f"stopped after step {stopped.step}, saved; `simvlm pretrain --resume {settings.out}` goes on"
+    return f"trained: {pretrain(settings, resume=files.resume is not None)}"

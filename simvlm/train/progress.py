@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -49,13 +50,17 @@ class Display:
 
     def __exit__(self, *error: Any) -> None:
         self._progress.stop()
-        self._curves.close()
+        with contextlib.suppress(OSError):  # a full disk, of which it was said before
+            self._curves.close()
 
     def show(self, entry: dict[str, Any]) -> None:
         """One line of the log."""
-        for name, value in entry.items():
-            if name not in _NOT_CURVES:
-                self._curves.add_scalar(name, value, entry["step"])
+        try:
+            for name, value in entry.items():
+                if name not in _NOT_CURVES:
+                    self._curves.add_scalar(name, value, entry["step"])
+        except OSError as error:
+            self.say(f"step {entry['step']}: tensorboard not written: {error}")
         text = (
             f"loss {entry['loss']:.3f}  {entry['samples_per_s']:.0f} samples/s  {entry['tokens_per_s']:.0f} tokens/s  "
             f"waiting for data {entry['data_wait_share']:.0%}"

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from simvlm.kernels.dispatch import did_you_mean
 
 FILE = "run.yaml"
+Precision = Literal["auto", "float32", "bfloat16"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,7 @@ class PretrainSettings:
     """of a token of an image-text pair and of one of a document"""
     device: str = "auto"
     """"cpu", "cuda", …; auto: the GPU where there is one"""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Precision = "auto"
     """of products and activations, weights being float32; auto: bfloat16 where the processor multiplies it"""
     impl: str | None = None
     """the kernels by name (`simvlm doctor`); None: the best that takes each call"""
@@ -85,6 +86,8 @@ def check(settings: PretrainSettings) -> None:
         ValueError: a setting is out of range; it is named.
     """
     data, optimizer = settings.data, settings.optimizer
+    _require("out", bool(settings.out), "a folder", "none")
+    _require("seed", settings.seed >= 0, "at least 0", settings.seed)
     _require("data.tokenizer", bool(data.tokenizer), "a SentencePiece model", repr(data.tokenizer))
     _require("data.pairs, data.documents", bool(data.pairs or data.documents), "some shards", "neither")
     for name in ("steps", "log_every", "checkpoint_every", "keep"):
@@ -110,8 +113,10 @@ def _require(name: str, fine: bool, what: str, got: Any) -> None:
 
 
 def save(settings: PretrainSettings, folder: Path) -> None:
-    """Writes `run.yaml`."""
+    """Writes `run.yaml`, whole or not at all."""
     import yaml
+
+    from simvlm.train.checkpoint import write_whole
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -119,7 +124,7 @@ def save(settings: PretrainSettings, folder: Path) -> None:
         return [plain(item) for item in value] if isinstance(value, tuple) else value
 
     values = plain(dataclasses.asdict(settings))
-    (folder / FILE).write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    write_whole(folder / FILE, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
 def load(path: Path) -> PretrainSettings:
@@ -135,7 +140,7 @@ def load(path: Path) -> PretrainSettings:
     except yaml.YAMLError as error:
         raise ValueError(f"{path} must be YAML, got {' '.join(str(error).split())}") from error
     if isinstance(values, dict):
-        values.setdefault("out", str(path.parent))
+        values.setdefault("out", "")  # which `check` refuses, unless an option gives it
     return _built(PretrainSettings, values, str(path))
 
 

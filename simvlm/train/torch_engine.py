@@ -13,10 +13,10 @@ from simvlm.data.mixture import Mixed
 from simvlm.data.tokenizer import Tokenizer
 from simvlm.model.config import SimVLMConfig
 from simvlm.model.torch_model import SimVLM
-from simvlm.model.weights import WEIGHTS, load_tensors
+from simvlm.model.weights import WEIGHTS, load_tensors, stored_config
 from simvlm.train.objectives import suffix_nll
 from simvlm.train.optim import adamw
-from simvlm.train.settings import PretrainSettings
+from simvlm.train.settings import Precision, PretrainSettings
 from simvlm.train.step import Diverged, StepLoss
 
 _OPTIMIZER = "optimizer.safetensors"
@@ -62,7 +62,7 @@ class TorchEngine:
             nll = suffix_nll(model(inputs), model.embedding, inputs.targets)
         nlls = nll.new_zeros(2).index_add(0, torch.from_numpy(rows).to(self.device), nll)
         weights = torch.from_numpy(self._weights).to(nlls)
-        loss = (weights * nlls).sum() / max(float(self._weights @ tokens), 1.0)
+        loss = (weights * nlls).sum() / (float(self._weights @ tokens) or 1.0)
         loss.backward()
         grad_norm = self._clipped()
         # One wait for the device: of the step's three numbers.
@@ -102,8 +102,12 @@ class TorchEngine:
         """Takes back what `save` wrote.
 
         Raises:
-            ValueError: the tensors are not those of this model; every difference is named.
+            ValueError: config or tensors are not those of this model; every difference is named.
         """
+        stored, own = stored_config(folder).to_dict(), self.model.config.to_dict()
+        if stored != own:
+            different = "; ".join(f"{name} {own[name]}" for name in own if own[name] != stored[name])
+            raise ValueError(f"variant must be the model of {folder}, got another: {different}")
         load_tensors(self.model, safetensors.torch.load_file(folder / WEIGHTS), str(folder / WEIGHTS))
         moments = safetensors.torch.load_file(folder / _OPTIMIZER)
         state = self.optimizer.state_dict()
@@ -131,7 +135,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _precision(name: str, device: torch.device) -> str:
+def _precision(name: Precision, device: torch.device) -> Precision:
     if name != "auto":
         return name
     if device.type == "cuda":
