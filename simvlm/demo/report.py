@@ -224,8 +224,9 @@ def _table(numbers: dict[str, Any]) -> str:
 def _picture(test: Sequence[Prediction], numbers: dict[str, Any], path: Path) -> None:
     """Six test pictures, the first two of each number of objects, with their captions."""
     shown = [p for count in (1, 2, 3) for p in [p for p in test if len(p.scene.shapes) == count][:2]]
-    figure = Figure(figsize=(12, 3.6), dpi=100, layout="constrained")
-    for axes, prediction in zip(figure.subplots(1, len(shown)), shown, strict=True):
+    figure = Figure(figsize=(12, 3.2), dpi=100)
+    places = {"left": 0, "right": 1, "top": 0.88, "bottom": 0.28, "wspace": 0.06}
+    for axes, prediction in zip(figure.subplots(1, len(shown), gridspec_kw=places), shown, strict=True):
         axes.imshow(render(prediction.scene, _PICTURE_SIDE))
         axes.set_axis_off()
         colour, mark = (_RIGHT, "✓") if prediction.verdict.correct else (_WRONG, "✗")
