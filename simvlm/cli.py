@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
+
+from simvlm.kernels.dispatch import did_you_mean
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,8 +30,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Offers the nearest names for an option that is none; subcommands' parsers are of this class too."""
+
+    def error(self, message: str) -> NoReturn:
+        found = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        if found:
+            message += did_you_mean(found[1], sorted(_options(self)))
+        super().error(message)
+
+
+def _options(parser: argparse.ArgumentParser) -> set[str]:
+    names = set(parser._option_string_actions)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            names = names.union(*(_options(sub) for sub in action.choices.values()))
+    return names
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="simvlm", description="Fast prefix attention and the SimVLM model.")
+    parser = _Parser(prog="simvlm", description="Fast prefix attention and the SimVLM model.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     doctor = commands.add_parser("doctor", help="what runs on this machine, and what is missing for the rest")

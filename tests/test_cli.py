@@ -44,3 +44,13 @@ def test_an_unknown_command_lists_the_known(capsys):
     with pytest.raises(SystemExit):
         cli.main(["docto"])
     assert "doctor" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "nearest"),
+    [(["caption", "a.png", "--modle", "m"], "--model"), (["demo", "--minuts=3"], "--minutes")],
+)
+def test_an_unknown_option_names_the_nearest(arguments, nearest, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(arguments)
+    assert f"did you mean '{nearest}'" in capsys.readouterr().err
