@@ -31,13 +31,13 @@ namespace {
    level::norm_backward_apply,      \
    level::embed_forward,            \
    level::embed_backward},
-constexpr Kernels table[] = {SIMVLM_LEVELS};
+constexpr Kernels rows[] = {SIMVLM_LEVELS};
 #undef X
-constexpr int table_size = sizeof(table) / sizeof(table[0]);
+constexpr int row_count = sizeof(rows) / sizeof(rows[0]);
 
 const Kernels* newest() {
-  const Kernels* best = &table[0];
-  for (const Kernels& row : table) {
+  const Kernels* best = &rows[0];
+  for (const Kernels& row : rows) {
     if (runs_here(row.level)) best = &row;
   }
   return best;
@@ -48,8 +48,8 @@ std::atomic<const Kernels*> chosen{nullptr};
 }  // namespace
 
 const Kernels* all_kernels(int* count) {
-  *count = table_size;
-  return table;
+  *count = row_count;
+  return rows;
 }
 
 bool runs_here(const char* level) {
@@ -80,7 +80,7 @@ bool select(const char* level) {
     chosen.store(newest());
     return true;
   }
-  for (const Kernels& row : table) {
+  for (const Kernels& row : rows) {
     if (std::strcmp(level, row.level) == 0 && runs_here(level)) {
       chosen.store(&row);
       return true;

@@ -31,6 +31,19 @@ struct AttentionShape {
   int threads;
 };
 
+// The table's gradient is summed apart for each sequence, head and chunk of image keys, backwards and with a margin on
+// both sides: whoever computes which keys, the order of the sum is the same.
+constexpr int64_t table_chunk = 256;
+constexpr int64_t table_margin = 16;
+
+static inline int64_t table_size(const AttentionShape& shape) {
+  return shape.grid_height == 0 ? 0 : (2 * shape.grid_height - 1) * (2 * shape.grid_width - 1);
+}
+static inline int64_t table_part(const AttentionShape& shape) { return table_size(shape) + 2 * table_margin; }
+static inline int64_t table_chunks(const AttentionShape& shape) {
+  return (shape.grid_height * shape.grid_width + table_chunk - 1) / table_chunk;
+}
+
 struct AttentionForward {
   AttentionShape shape;
   Tensor q, k, v, out;
@@ -44,7 +57,7 @@ struct AttentionBackward {
   const float* table;
   const float *lse, *dlse;  // contiguous; dlse may be null
   Tensor dq, dk, dv;        // data null where not wanted
-  float* dtable_parts;      // [B, N, 2Gh-1, 2Gw-1], one part per sequence and head, or null; then summed in order
+  float* dtable_parts;      // [B, N, table_chunks, table_part] of scratch, or null; then summed in order
   float* dtable;            // [N, 2Gh-1, 2Gw-1]
 };
 

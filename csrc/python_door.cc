@@ -130,8 +130,8 @@ void attention_backward(const Strided& q, const Strided& k, const Strided& v, co
   py::gil_scoped_release released;
   std::unique_ptr<float[]> parts;
   if (dtable != 0) {
-    const int64_t size = batch * heads * (2 * grid_height - 1) * (2 * grid_width - 1);
-    parts.reset(new float[static_cast<size_t>(size)]);
+    const AttentionShape& shape = problem.shape;
+    parts.reset(new float[static_cast<size_t>(batch * heads * table_chunks(shape) * table_part(shape))]);
     problem.dtable_parts = parts.get();
   }
   if (!simvlm::kernels().attention_backward(problem)) throw std::bad_alloc();

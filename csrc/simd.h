@@ -70,34 +70,72 @@ SIMVLM_INLINE vint lane_index() {
   return v;
 }
 
-// Fixed-order sum and largest of the lanes.
-SIMVLM_INLINE float reduce_add(vfloat v) {
-  float sum = v[0];
-  for (int64_t i = 1; i < lanes; ++i) sum += v[i];
-  return sum;
-}
-SIMVLM_INLINE float reduce_max(vfloat v) {
-  float top = v[0];
-  for (int64_t i = 1; i < lanes; ++i) top = v[i] > top ? v[i] : top;
-  return top;
+template <int... I>
+struct Indices {};
+template <int N, int... I>
+struct Count : Count<N - 1, N - 1, I...> {};
+template <int... I>
+struct Count<0, I...> {
+  typedef Indices<I...> To;
+};
+
+// Swaps the blocks of `Step` lanes off the diagonal of each 2·Step × 2·Step square that two rows make.
+template <int Step, int... I>
+SIMVLM_INLINE void swap_blocks(vfloat& a, vfloat& b, Indices<I...>) {
+  const vfloat low = __builtin_shufflevector(a, b, ((I & Step) ? static_cast<int>(lanes) + I - Step : I)...);
+  b = __builtin_shufflevector(a, b, ((I & Step) ? static_cast<int>(lanes) + I : I + Step)...);
+  a = low;
 }
 
-// e^x for x <= 0: relative error below 2^-22 (tests/test_cpp.py), exactly 0 below -87.3, NaN for NaN.
-// x = n·ln 2 + r with |r| <= ln 2 / 2; e^r = 1 + r + r²·g(r), g fitted to 1e-8 at Chebyshev nodes; 2^n by the exponent.
-SIMVLM_INLINE vfloat exp_nonpositive(vfloat x) {
-  const vfloat shift = splat(12582912.0f);  // 1.5·2^23: adding it rounds to an integer in the low bits
-  const vfloat t = x * 1.44269504088896341f + shift;
-  const vfloat n = t - shift;
-  vfloat r = x - n * 0.693145751953125f;  // ln 2 in two parts, the first with few enough bits that n·it is exact
-  r = r - n * 1.42860682030941723e-6f;
-  vfloat g = splat(0.0013933652f);
-  g = g * r + 0.008363182f;
-  g = g * r + 0.041666467f;
-  g = g * r + 0.16666576f;
-  g = g * r + 0.5f;
-  const vfloat p = g * r * r + r + 1.0f;
-  const vuint scaled = bits<vuint>(p) + (bits<vuint>(t) << 23);
-  return x < -87.3f ? vfloat{} : (x == x ? bits<vfloat>(scaled) : x);
+template <int Step>
+SIMVLM_INLINE void transpose_by(vfloat* x) {
+  if constexpr (Step > 0) {
+    for (int i = 0; i < lanes; ++i) {
+      if ((i & Step) == 0) swap_blocks<Step>(x[i], x[i + Step], typename Count<lanes>::To{});
+    }
+    transpose_by<Step / 2>(x);
+  }
+}
+
+// x[i][j] and x[j][i] change places.
+SIMVLM_INLINE void transpose(vfloat (&x)[lanes]) { transpose_by<lanes / 2>(x); }
+
+// Each lane and the one `Step` lanes on, and so on: a sum in a fixed order.
+template <int Step, int... I>
+SIMVLM_INLINE vfloat rotate(vfloat v, Indices<I...>) {
+  return __builtin_shufflevector(v, v, ((I + Step) % static_cast<int>(lanes))...);
+}
+
+template <int Step = lanes / 2>
+SIMVLM_INLINE float reduce_add(vfloat v) {
+  v += rotate<Step>(v, typename Count<lanes>::To{});
+  if constexpr (Step > 1) return reduce_add<Step / 2>(v);
+  return v[0];
+}
+
+template <int Step = lanes / 2>
+SIMVLM_INLINE float reduce_max(vfloat v) {
+  v = max(v, rotate<Step>(v, typename Count<lanes>::To{}));
+  if constexpr (Step > 1) return reduce_max<Step / 2>(v);
+  return v[0];
+}
+
+// 2^x for x <= 0 (or a rounding above): relative error below 2^-22 (tests/test_cpp.py), exactly 0 below -126, NaN for
+// NaN. x = n + r with |r| <= 1/2; 2^r by a polynomial of degree 6 with its error spread over Chebyshev's nodes; 2^n by
+// the exponent: 1.5·2^23 + 127 rounds x + 127 to an integer in the low bits, and the shift throws the others out.
+SIMVLM_INLINE vfloat exp2_nonpositive(vfloat x) {
+  const vfloat shift = splat(12583039.0f);
+  const vfloat t = x + shift;
+  const vfloat r = x - (t - shift);
+  vfloat p = splat(0.000154531634f);
+  p = p * r + 0.00133908633f;
+  p = p * r + 0.00961808302f;
+  p = p * r + 0.0555035695f;
+  p = p * r + 0.240226507f;
+  p = p * r + 0.693147182f;
+  p = p * r + 1.0f;
+  const vfloat value = p * bits<vfloat>(bits<vuint>(t) << 23);
+  return x < -126.0f ? vfloat{} : value;
 }
 
 // 16-bit floats cross the door as integers; they become float32 at the load and are rounded to nearest even once, at

@@ -8,6 +8,7 @@ import itertools
 import attention_oracle
 import pytest
 import torch
+import torch._dynamo.testing
 from torch.autograd import forward_ad
 
 from simvlm.kernels import PrefixLayout, parity, prefix_attention

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 from attention_oracle import assert_same
 from stem_cases import CORE, SPECS, everything, named, tensors_of
 from torch.autograd import forward_ad

@@ -1,0 +1,173 @@
+// Prefix attention forward, for one CPU level (docs/attention.md derives the formulas).
+//
+// Query i of a sequence sees exactly its first `limit(i)` keys, and limits never fall from one query to the next: a
+// tile of queries needs the key blocks below its last limit, and masks only where a block crosses a limit. Tiles start
+// at the sequence's own first row and sums run in a fixed order, so results depend neither on the batch nor on the
+// threads. A task is one chunk of one (sequence, head)'s queries: online softmax over key blocks.
+#include <cmath>
+
+#include "attention_tasks.h"
+#include "attention_tiles.h"
+
+namespace simvlm::SIMVLM_LEVEL {
+namespace {
+
+constexpr int64_t chunk_tiles = 4;  // a task's tiles share each block's words of K and V
+constexpr int64_t query_chunk = chunk_tiles * query_tile;
+
+// Floats of scratch, and where the parts begin.
+struct Scratch {
+  int64_t q, sum, top, total, k, v, paired, scores, staging, table, end;
+
+  explicit Scratch(const AttentionShape& shape) {
+    const int64_t width = round_up(shape.head_dim, lanes);
+    q = 0;
+    sum = q + chunk_tiles * width * query_tile;
+    top = sum + chunk_tiles * width * query_tile;
+    total = top + query_chunk;
+    k = total + query_chunk;
+    v = k + key_block * width;
+    paired = v + key_block * width;
+    scores = paired + key_block * width;
+    staging = scores + key_block * query_tile;
+    table = staging + query_tile * width;
+    end = table + table_part(shape);
+  }
+};
+
+// Folds one block's scores of a tile into the running softmax: scores become unnormalised probabilities, as the words
+// of a product over keys. `before` is the largest score of each query until this block, `top` now.
+template <class Words, int Vectors>
+void fold_scores(int64_t rows, float exponent, float* scores, const float* before, const float* top, float* total,
+                 float* decay) {
+  for (int v = 0; v < Vectors; ++v) {
+    float* column = scores + v * lanes;
+    float* words = column;
+    const vfloat highest = load(top + v * lanes);
+    const vfloat fade = exp2_nonpositive((load(before + v * lanes) - highest) * exponent);
+    vfloat even = load(total + v * lanes) * fade, odd = {};
+    for (int64_t j = 0; j < rows; j += 2, column += 2 * query_tile) {
+      const vfloat p = exp2_nonpositive((load(column) - highest) * exponent);
+      const vfloat next = exp2_nonpositive((load(column + query_tile) - highest) * exponent);
+      even += p;
+      odd += next;
+      if constexpr (Words::pack == 1) {
+        store(column, p);
+        store(column + query_tile, next);
+      } else {
+        store(words, Words::pair(p, next));
+        words += query_tile;
+      }
+    }
+    store(total + v * lanes, even + odd);
+    store(decay + v * lanes, fade);
+  }
+}
+
+template <class Words, int Vectors>
+void forward_tile(const AttentionShape& shape, const Sequence& s, const Tile& tile, const float* k, const float* v,
+                  int64_t first_key, int64_t rows, float exponent, float* scores, float* top, float* total,
+                  float* sum) {
+  alignas(64) float before[query_tile], decay[query_tile];
+  std::memcpy(before, top, sizeof(before));
+  score_block<Words, Vectors>(shape, s, tile, k, first_key, rows, scores, top);
+  fold_scores<Words, Vectors>(round_up(rows, group), exponent, scores, before, top, total, decay);
+  const int64_t v_row = round_up(shape.head_dim, lanes);
+  accumulate<Words, Vectors>({v, 1, v_row, scores, query_tile, round_up(rows, group) / Words::pack}, shape.head_dim,
+                             sum, query_tile, decay);
+}
+
+template <class Float>
+bool forward_task(const AttentionForward& a, int64_t b, int64_t n, int64_t chunk) {
+  typedef typename WordsOf<Float>::Type Words;
+  const AttentionShape& shape = a.shape;
+  const Sequence s = sequence_of(shape, b, n);
+  const int64_t first = chunk * query_chunk, count = least(query_chunk, s.q_len - first), width = shape.head_dim;
+  float* lse = a.lse + s.lse_start;
+  if (chunk == 0) {
+    clear_rows<Float>(a.out, s, width, s.q_start + s.q_len, s.q_gap);
+    for (int64_t i = s.q_len; i < s.q_len + s.q_gap; ++i) lse[i * shape.heads] = -infinity;
+  }
+  if (count <= 0) return true;
+
+  const Scratch at(shape);
+  float* scratch = thread_scratch(at.end);
+  if (scratch == nullptr) return false;
+  const Scale scale = scale_of(shape.scale);
+  const float* table = nullptr;
+  if (a.table != nullptr && s.offset + first < s.image_len) {
+    reverse_table(a.table + n * table_size(shape), table_size(shape), scale.bias, scratch + at.table);
+    table = scratch + at.table;
+  }
+
+  Tile tiles[chunk_tiles];
+  const int64_t tile_floats = round_up(width, lanes) * query_tile;
+  const int64_t words_row = round_up(width, Words::pack * lanes) / Words::pack;
+  for (int64_t t = 0; t * query_tile < count; ++t) {
+    const int64_t rows = least(query_tile, count - t * query_tile), whole = round_up(rows, lanes);
+    Tile& tile = tiles[t];
+    place_tile(shape, s, first + t * query_tile, rows, table, &tile);
+    float* q = scratch + at.q + t * tile_floats;
+    rows_to_words<Words, Float>(a.q, s, s.q_start + tile.first, rows, whole, width, scale.q, scratch + at.staging);
+    transpose_words(scratch + at.staging, whole, words_row, q, query_tile);
+    tile.q = q;
+  }
+  clear(scratch + at.sum, chunk_tiles * tile_floats);
+  for (int64_t i = 0; i < query_chunk; i += lanes) {
+    store(scratch + at.top + i, splat(lowest_score));
+    store(scratch + at.total + i, vfloat{});
+  }
+
+  const int64_t keys = s.limit(first + count - 1);
+  for (int64_t key = 0; key < keys; key += key_block) {
+    const int64_t block = least(key_block, keys - key), whole = round_up(block, group);
+    float *k = scratch + at.k, *v = scratch + at.v;
+    rows_to_words<Words, Float>(a.k, s, s.k_start + key, block, whole, width, 1.0f, k);
+    rows_to_words<Words, Float>(a.v, s, s.k_start + key, block, whole, width, 1.0f, v);
+    if constexpr (Words::pack == 2) {
+      pair_rows<Words>(v, whole, width, scratch + at.paired);
+      v = scratch + at.paired;
+    }
+    for (int64_t t = 0; t * query_tile < count; ++t) {
+      const Tile& tile = tiles[t];
+      const int64_t rows = least(block, s.limit(tile.first + tile.rows - 1) - key);
+      if (rows <= 0) continue;
+      const auto run = tile.rows > 2 * lanes ? forward_tile<Words, 3>
+                       : tile.rows > lanes   ? forward_tile<Words, 2>
+                                             : forward_tile<Words, 1>;
+      run(shape, s, tile, k, v, key, rows, scale.log2, scratch + at.scores, scratch + at.top + t * query_tile,
+          scratch + at.total + t * query_tile, scratch + at.sum + t * tile_floats);
+    }
+  }
+  for (int64_t t = 0; t * query_tile < count; ++t) {
+    const Tile& tile = tiles[t];
+    const float *top = scratch + at.top + t * query_tile, *total = scratch + at.total + t * query_tile;
+    alignas(64) float factor[query_tile];
+    for (int64_t i = 0; i < tile.rows; ++i) {
+      const bool sees_any = s.limit(tile.first + i) > 0;
+      factor[i] = sees_any ? 1.0f / total[i] : 0.0f;
+      lse[(tile.first + i) * shape.heads] = sees_any ? top[i] * scale.rest + std::log(total[i]) : -infinity;
+    }
+    tile_to_rows<Float>(scratch + at.sum + t * tile_floats, width, factor, a.out, s, s.q_start + tile.first, tile.rows);
+  }
+  return true;
+}
+
+template <class Float>
+bool forward_of(const AttentionForward& a) {
+  const int64_t chunks = most(1, (longest_query(a.shape) + query_chunk - 1) / query_chunk);
+  return run_tasks(threads_for(a.shape), a.shape.batch * a.shape.heads * chunks, [&](int64_t index) {
+    const int64_t bn = index / chunks;  // the last chunk sees the most keys: first
+    return forward_task<Float>(a, bn / a.shape.heads, bn % a.shape.heads, chunks - 1 - index % chunks);
+  });
+}
+
+}  // namespace
+
+bool attention_forward(const AttentionForward& a) {
+  return a.shape.dtype == DType::float32    ? forward_of<Float32>(a)
+         : a.shape.dtype == DType::bfloat16 ? forward_of<BFloat16>(a)
+                                            : forward_of<Float16>(a);
+}
+
+}  // namespace simvlm::SIMVLM_LEVEL

@@ -1,0 +1,47 @@
+// How prefix attention is spread over threads.
+#pragma once
+
+#include "attention.h"
+#include "parallel.h"
+#include "simd.h"
+
+namespace simvlm::SIMVLM_LEVEL {
+namespace {
+
+SIMVLM_INLINE int64_t longest(const int32_t* lens, int64_t batch) {
+  int64_t length = 0;
+  for (int64_t b = 0; b < batch; ++b) length = most(length, lens[b]);
+  return length;
+}
+SIMVLM_INLINE int64_t longest_query(const AttentionShape& shape) { return longest(shape.bounds.q_lens, shape.batch); }
+SIMVLM_INLINE int64_t longest_key(const AttentionShape& shape) { return longest(shape.bounds.k_lens, shape.batch); }
+
+// Waking a second thread costs more than this many multiply-adds of one product.
+constexpr int64_t worth_a_thread = 1 << 18;
+
+// As many threads as the work deserves.
+SIMVLM_INLINE int64_t threads_for(const AttentionShape& shape) {
+  int64_t work = 0;
+  for (int64_t b = 0; b < shape.batch; ++b) {
+    work += static_cast<int64_t>(shape.bounds.q_lens[b]) * shape.bounds.k_lens[b] * shape.heads * shape.head_dim;
+  }
+  return least(shape.threads, 1 + work / worth_a_thread);
+}
+
+// task(index) for each index; false if one of them ran out of memory.
+template <class Task>
+bool run_tasks(int64_t threads, int64_t count, Task task) {
+  struct Run {
+    Task* task;
+    bool failed;
+  } run{&task, false};
+  const auto one = [](void* context, int64_t index) {
+    Run* run = static_cast<Run*>(context);
+    if (!(*run->task)(index)) __atomic_store_n(&run->failed, true, __ATOMIC_RELAXED);
+  };
+  parallel_for(count, static_cast<int>(threads), one, &run);
+  return !run.failed;
+}
+
+}  // namespace
+}  // namespace simvlm::SIMVLM_LEVEL
