@@ -206,6 +206,13 @@ bool backward_task(const AttentionBackward& a, int64_t b, int64_t n, const Share
     std::memset(dtable, 0, sizeof(float) * static_cast<size_t>(chunks * table_part(shape)));
   }
 
+  const auto prefetch_tile = [&](int64_t first) {
+    const int64_t rows = least(query_tile, share.q_end - first);
+    for (const Tensor* t : {&a.q, &a.dout, &a.out}) prefetch_rows<Float>(*t, s, width, s.q_start + first, rows);
+  };
+  prefetch_rows<Float>(a.k, s, width, s.k_start + share.k_begin, keys);
+  prefetch_rows<Float>(a.v, s, width, s.k_start + share.k_begin, keys);
+  prefetch_tile(share.q_begin);
   rows_to_words<Words, Float>(a.k, s, s.k_start + share.k_begin, keys, whole_keys, width, 1.0f, scratch + at.k);
   rows_to_words<Words, Float>(a.v, s, s.k_start + share.k_begin, keys, whole_keys, width, 1.0f, scratch + at.v);
   if constexpr (Words::pack == 2) {
@@ -237,6 +244,7 @@ bool backward_task(const AttentionBackward& a, int64_t b, int64_t n, const Share
     deltas<Float>(a, s, tile, delta);
     if (share.q) clear(scratch + at.dq, round_up(width, lanes) * query_tile);
 
+    prefetch_tile(first + query_tile);
     const auto run = rows > 2 * lanes ? backward_block<Words, 3>
                      : rows > lanes   ? backward_block<Words, 2>
                                       : backward_block<Words, 1>;

@@ -12,20 +12,21 @@
 namespace simvlm::SIMVLM_LEVEL {
 namespace {
 
-constexpr int64_t chunk_tiles = 4;  // a task's tiles share each block's words of K and V
-constexpr int64_t query_chunk = chunk_tiles * query_tile;
+// A task's tiles share each block's words of K and V. Any number gives the same sums: as many as leave every thread a
+// few tasks.
+constexpr int64_t most_tiles = 10;
 
 // Floats of scratch, and where the parts begin.
 struct Scratch {
   int64_t q, sum, top, total, k, v, paired, scores, staging, table, end;
 
-  explicit Scratch(const AttentionShape& shape) {
+  Scratch(const AttentionShape& shape, int64_t tiles) {
     const int64_t width = round_up(shape.head_dim, lanes);
     q = 0;
-    sum = q + chunk_tiles * width * query_tile;
-    top = sum + chunk_tiles * width * query_tile;
-    total = top + query_chunk;
-    k = total + query_chunk;
+    sum = q + tiles * width * query_tile;
+    top = sum + tiles * width * query_tile;
+    total = top + tiles * query_tile;
+    k = total + tiles * query_tile;
     v = k + key_block * width;
     paired = v + key_block * width;
     scores = paired + key_block * width;
@@ -78,10 +79,11 @@ void forward_tile(const AttentionShape& shape, const Sequence& s, const Tile& ti
 }
 
 template <class Float>
-bool forward_task(const AttentionForward& a, int64_t b, int64_t n, int64_t chunk) {
+bool forward_task(const AttentionForward& a, int64_t b, int64_t n, int64_t chunk, int64_t chunk_tiles) {
   typedef typename WordsOf<Float>::Type Words;
   const AttentionShape& shape = a.shape;
   const Sequence s = sequence_of(shape, b, n);
+  const int64_t query_chunk = chunk_tiles * query_tile;
   const int64_t first = chunk * query_chunk, count = least(query_chunk, s.q_len - first), width = shape.head_dim;
   float* lse = a.lse + s.lse_start;
   if (chunk == 0) {
@@ -90,9 +92,13 @@ bool forward_task(const AttentionForward& a, int64_t b, int64_t n, int64_t chunk
   }
   if (count <= 0) return true;
 
-  const Scratch at(shape);
+  const Scratch at(shape, chunk_tiles);
   float* scratch = thread_scratch(at.end);
   if (scratch == nullptr) return false;
+  const int64_t keys = s.limit(first + count - 1);
+  prefetch_rows<Float>(a.q, s, width, s.q_start + first, count);
+  prefetch_rows<Float>(a.k, s, width, s.k_start, least(key_block, keys));
+  prefetch_rows<Float>(a.v, s, width, s.k_start, least(key_block, keys));
   const Scale scale = scale_of(shape.scale);
   const float* table = nullptr;
   if (a.table != nullptr && s.offset + first < s.image_len) {
@@ -100,7 +106,7 @@ bool forward_task(const AttentionForward& a, int64_t b, int64_t n, int64_t chunk
     table = scratch + at.table;
   }
 
-  Tile tiles[chunk_tiles];
+  Tile tiles[most_tiles];
   const int64_t tile_floats = round_up(width, lanes) * query_tile;
   const int64_t words_row = round_up(width, Words::pack * lanes) / Words::pack;
   for (int64_t t = 0; t * query_tile < count; ++t) {
@@ -118,7 +124,6 @@ bool forward_task(const AttentionForward& a, int64_t b, int64_t n, int64_t chunk
     store(scratch + at.total + i, vfloat{});
   }
 
-  const int64_t keys = s.limit(first + count - 1);
   for (int64_t key = 0; key < keys; key += key_block) {
     const int64_t block = least(key_block, keys - key), whole = round_up(block, group);
     float *k = scratch + at.k, *v = scratch + at.v;
@@ -128,6 +133,9 @@ bool forward_task(const AttentionForward& a, int64_t b, int64_t n, int64_t chunk
       pair_rows<Words>(v, whole, width, scratch + at.paired);
       v = scratch + at.paired;
     }
+    const int64_t next = key + key_block, ahead = least(key_block, keys - next);  // while this block is multiplied
+    prefetch_rows<Float>(a.k, s, width, s.k_start + next, ahead);
+    prefetch_rows<Float>(a.v, s, width, s.k_start + next, ahead);
     for (int64_t t = 0; t * query_tile < count; ++t) {
       const Tile& tile = tiles[t];
       const int64_t rows = least(block, s.limit(tile.first + tile.rows - 1) - key);
@@ -155,10 +163,14 @@ bool forward_task(const AttentionForward& a, int64_t b, int64_t n, int64_t chunk
 
 template <class Float>
 bool forward_of(const AttentionForward& a) {
-  const int64_t chunks = most(1, (longest_query(a.shape) + query_chunk - 1) / query_chunk);
-  return run_tasks(threads_for(a.shape), a.shape.batch * a.shape.heads * chunks, [&](int64_t index) {
+  const int64_t threads = threads_for(a.shape), tiles = most(1, (longest_query(a.shape) + query_tile - 1) / query_tile);
+  int64_t chunk_tiles = least(tiles, most_tiles);
+  const auto chunks_of = [&](int64_t each) { return (tiles + each - 1) / each; };
+  while (chunk_tiles > 1 && a.shape.batch * a.shape.heads * chunks_of(chunk_tiles) < 4 * threads) --chunk_tiles;
+  const int64_t chunks = chunks_of(chunk_tiles);
+  return run_tasks(threads, a.shape.batch * a.shape.heads * chunks, [&](int64_t index) {
     const int64_t bn = index / chunks;  // the last chunk sees the most keys: first
-    return forward_task<Float>(a, bn / a.shape.heads, bn % a.shape.heads, chunks - 1 - index % chunks);
+    return forward_task<Float>(a, bn / a.shape.heads, bn % a.shape.heads, chunks - 1 - index % chunks, chunk_tiles);
   });
 }
 

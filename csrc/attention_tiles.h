@@ -6,6 +6,7 @@
 // one key for the queries of a tile is contiguous in the table read backwards (docs/attention.md).
 #pragma once
 
+#include <initializer_list>
 #include <limits>
 
 #include "attention.h"
@@ -57,20 +58,21 @@ SIMVLM_INLINE Sequence sequence_of(const AttentionShape& shape, int64_t b, int64
   return s;
 }
 
-// Scores are kept as <q, k>·2^e + bias/r with scale = ±2^e·r and 1 <= r < 2: a 16-bit q may only be multiplied by a
-// power of two (contract.md §4), and nothing overflows however small the scale.
+// Scores are kept as ±<q, k> + bias/|scale|: the scale is not multiplied into q, which may be of 16 bits, but enters
+// with the exponential. A scale out of all bounds is first brought within them by a power of two, which rounds nothing.
 struct Scale {
-  float q;     // ±2^e, or 0: what multiplies q
-  float bias;  // 1/r: what multiplies the table
-  float rest;  // r: a kept score times this is the score
-  float log2;  // r·log2(e): and this is the exponent of 2
+  float q;     // what multiplies q: ±1, or a power of two
+  float bias;  // what multiplies the table
+  float rest;  // a kept score times this is the score
+  float log2;  // and this is the exponent of 2
 };
 
 SIMVLM_INLINE Scale scale_of(float scale) {
   const uint32_t u = bits<uint32_t>(scale), exponent = (u >> 23) & 0xffu;
   if (exponent == 0) return {0.0f, 1.0f, 1.0f, 1.44269504f};  // 0, or too small for any score to matter
-  const float r = bits<float>((u & 0x7fffffu) | 0x3f800000u);
-  return {bits<float>(u & 0xff800000u), 1.0f / r, r, r * 1.44269504f};
+  const bool usual = exponent > 127 - 30 && exponent < 127 + 30;
+  const float rest = bits<float>(usual ? u & 0x7fffffffu : (u & 0x7fffffu) | 0x3f800000u);
+  return {usual ? (scale < 0 ? -1.0f : 1.0f) : bits<float>(u & 0xff800000u), 1.0f / rest, rest, rest * 1.44269504f};
 }
 
 // ---- products -------------------------------------------------------------------------------------------------------
@@ -202,14 +204,16 @@ SIMVLM_INLINE void row_to_words(const typename Float::Storage* from, int64_t wid
   if constexpr (Words::pack == 1) {
     over_vectors<Float>(width, [&](int64_t h, auto part) { store(to + h, part.widen(from + h) * factor); });
   } else {
-    auto* halves = reinterpret_cast<uint16_t*>(to);
-    const int64_t end = round_up(width, Words::pack * lanes);
-    std::memset(halves + width, 0, sizeof(uint16_t) * static_cast<size_t>(end - width));
-    if (factor == 1.0f) {
-      std::memcpy(halves, from, sizeof(uint16_t) * static_cast<size_t>(width));
-    } else {
-      over_vectors<Float>(width, [&](int64_t h, auto part) { part.narrow(halves + h, part.widen(from + h) * factor); });
+    constexpr int64_t whole = 2 * lanes;
+    int64_t h = 0;
+    for (; h + whole <= width; h += whole) store(to + h / 2, load_as<vfloat>(from + h));
+    if (h < width) {
+      uint16_t rest[whole] = {};
+      std::memcpy(rest, from + h, sizeof(uint16_t) * static_cast<size_t>(width - h));
+      store(to + h / 2, load_as<vfloat>(rest));
     }
+    auto* halves = reinterpret_cast<uint16_t*>(to);
+    for (h = 0; h < width && factor != 1.0f; h += lanes) Float::narrow(halves + h, Float::widen(halves + h) * factor);
   }
 }
 
@@ -222,6 +226,17 @@ void rows_to_words(const Tensor& t, const Sequence& s, int64_t first, int64_t co
     row_to_words<Words, Float>(row_at<Float>(t, s, first + i), width, factor, to + i * words_row);
   }
   for (int64_t at = count * words_row; at < rows * words_row; at += lanes) store(to + at, vfloat{});
+}
+
+// Asks for rows that will be read soon: in [B, T, N, H] each lies on a page of its own, too far apart for the processor
+// to foresee.
+template <class Float>
+SIMVLM_INLINE void prefetch_rows(const Tensor& t, const Sequence& s, int64_t width, int64_t first, int64_t count) {
+  constexpr int64_t line = 64 / sizeof(typename Float::Storage);
+  for (int64_t i = 0; i < count; ++i) {
+    const auto* row = row_at<Float>(t, s, first + i);
+    for (int64_t h = 0; h < width; h += line) __builtin_prefetch(row + h, 0, 2);
+  }
 }
 
 // words[rows, words_row] → [words_row, to_row], both axes in whole vectors.
