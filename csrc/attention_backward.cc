@@ -132,7 +132,8 @@ void backward_block(const AttentionBackward& a, const Sequence& s, const Share& 
                     scratch + (by_rows ? at.dp : at.ds_halves), scratch + (by_rows ? at.dp : at.ds_paired)};
 
   alignas(64) float top[query_tile] = {};
-  score_block<Words, Vectors>(shape, s, tile, scratch + at.k + words, first_key, keys, g.p, top);
+  score_block<Words, Vectors>(shape, s, tile, {scratch + at.k + words, words_row}, first_key, keys, g.p, top,
+                              [](int64_t) {});
   for (int64_t m = 0; m < rows; m += group) {
     const Operands p{scratch + at.v + words + m * words_row,
                      words_row,
@@ -142,7 +143,7 @@ void backward_block(const AttentionBackward& a, const Sequence& s, const Share& 
                      shape.head_dim / Words::pack};
     product_group<Words, Vectors>(
         p, [](int, int) { return vfloat{}; },
-        [&](int r, int v, vfloat sum) { store(g.ds + (m + r) * query_tile + v * lanes, sum); });
+        [&](const auto& sum) { store_sums<Vectors>(sum, g.ds + m * query_tile, query_tile); });
   }
   if (s.limit(tile.first) >= first_key + rows) {
     softmax_gradient<Words, Vectors, false>(rows, exponent, base, delta, g);
@@ -216,7 +217,7 @@ bool backward_task(const AttentionBackward& a, int64_t b, int64_t n, const Share
   rows_to_words<Words, Float>(a.k, s, s.k_start + share.k_begin, keys, whole_keys, width, 1.0f, scratch + at.k);
   rows_to_words<Words, Float>(a.v, s, s.k_start + share.k_begin, keys, whole_keys, width, 1.0f, scratch + at.v);
   if constexpr (Words::pack == 2) {
-    if (share.q) pair_rows<Words>(scratch + at.k, whole_keys, width, scratch + at.k_paired);
+    if (share.q) pair_rows<Words>({scratch + at.k, words_row}, whole_keys, width, scratch + at.k_paired);
   }
   if (share.k || share.v) clear(scratch + at.dk, 2 * whole_keys * round_up(width, lanes));  // dv follows dk
 
@@ -234,8 +235,8 @@ bool backward_task(const AttentionBackward& a, int64_t b, int64_t n, const Share
     transpose_words(scratch + at.q, whole, words_row, scratch + at.q_tile, query_tile);
     transpose_words(scratch + at.dout, whole, words_row, scratch + at.dout_tile, query_tile);
     if constexpr (Words::pack == 2) {
-      if (share.k) pair_rows<Words>(scratch + at.q, whole, width, scratch + at.q_paired);
-      if (share.v) pair_rows<Words>(scratch + at.dout, whole, width, scratch + at.dout_paired);
+      if (share.k) pair_rows<Words>({scratch + at.q, words_row}, whole, width, scratch + at.q_paired);
+      if (share.v) pair_rows<Words>({scratch + at.dout, words_row}, whole, width, scratch + at.dout_paired);
     }
     for (int64_t i = 0; i < query_tile; ++i) {
       base[i] = i < rows ? a.lse[s.lse_start + (first + i) * shape.heads] * scale.bias : infinity;

@@ -65,26 +65,41 @@ void fold_scores(int64_t rows, float exponent, float* scores, const float* befor
   }
 }
 
-template <class Words, int Vectors>
-void forward_tile(const AttentionShape& shape, const Sequence& s, const Tile& tile, const float* k, const float* v,
-                  int64_t first_key, int64_t rows, float exponent, float* scores, float* top, float* total,
-                  float* sum) {
+// The rows of K and V that are wanted next, asked for little by little.
+struct Ahead {
+  const Tensor *k, *v;
+  Sequence s;
+  int64_t first, count;
+
+  template <class Float>
+  SIMVLM_INLINE void fetch(int64_t width, int64_t m) const {
+    const int64_t rows = least(group, count - m);
+    prefetch_rows<Float>(*k, s, width, s.k_start + first + m, rows);
+    prefetch_rows<Float>(*v, s, width, s.k_start + first + m, rows);
+  }
+};
+
+template <class Float, class Words, int Vectors>
+void forward_tile(const AttentionShape& shape, const Sequence& s, const Tile& tile, const Rows& k, const Rows& v,
+                  int64_t first_key, int64_t rows, float exponent, float* scores, float* top, float* total, float* sum,
+                  const Ahead& ahead) {
   alignas(64) float before[query_tile], decay[query_tile];
   std::memcpy(before, top, sizeof(before));
-  score_block<Words, Vectors>(shape, s, tile, k, first_key, rows, scores, top);
+  score_block<Words, Vectors>(shape, s, tile, k, first_key, rows, scores, top,
+                              [&](int64_t m) { ahead.fetch<Float>(shape.head_dim, m); });
   fold_scores<Words, Vectors>(round_up(rows, group), exponent, scores, before, top, total, decay);
-  const int64_t v_row = round_up(shape.head_dim, lanes);
-  accumulate<Words, Vectors>({v, 1, v_row, scores, query_tile, round_up(rows, group) / Words::pack}, shape.head_dim,
+  accumulate<Words, Vectors>({v.at, 1, v.row, scores, query_tile, round_up(rows, group) / Words::pack}, shape.head_dim,
                              sum, query_tile, decay);
 }
 
 template <class Float>
-bool forward_task(const AttentionForward& a, int64_t b, int64_t n, int64_t chunk, int64_t chunk_tiles) {
+bool forward_task(const AttentionForward& a, int64_t b, int64_t n, int64_t n_next, int64_t chunk, int64_t chunk_tiles) {
   typedef typename WordsOf<Float>::Type Words;
   const AttentionShape& shape = a.shape;
   const Sequence s = sequence_of(shape, b, n);
   const int64_t query_chunk = chunk_tiles * query_tile;
   const int64_t first = chunk * query_chunk, count = least(query_chunk, s.q_len - first), width = shape.head_dim;
+  if (s.q_len <= few_queries) return true;
   float* lse = a.lse + s.lse_start;
   if (chunk == 0) {
     clear_rows<Float>(a.out, s, width, s.q_start + s.q_len, s.q_gap);
@@ -96,9 +111,6 @@ bool forward_task(const AttentionForward& a, int64_t b, int64_t n, int64_t chunk
   float* scratch = thread_scratch(at.end);
   if (scratch == nullptr) return false;
   const int64_t keys = s.limit(first + count - 1);
-  prefetch_rows<Float>(a.q, s, width, s.q_start + first, count);
-  prefetch_rows<Float>(a.k, s, width, s.k_start, least(key_block, keys));
-  prefetch_rows<Float>(a.v, s, width, s.k_start, least(key_block, keys));
   const Scale scale = scale_of(shape.scale);
   const float* table = nullptr;
   if (a.table != nullptr && s.offset + first < s.image_len) {
@@ -126,25 +138,32 @@ bool forward_task(const AttentionForward& a, int64_t b, int64_t n, int64_t chunk
 
   for (int64_t key = 0; key < keys; key += key_block) {
     const int64_t block = least(key_block, keys - key), whole = round_up(block, group);
-    float *k = scratch + at.k, *v = scratch + at.v;
-    rows_to_words<Words, Float>(a.k, s, s.k_start + key, block, whole, width, 1.0f, k);
-    rows_to_words<Words, Float>(a.v, s, s.k_start + key, block, whole, width, 1.0f, v);
+    // A copy pays where several tiles read it: rows in storage lie on pages of their own.
+    const bool in_place = count <= 2 * query_tile;
+    const auto words = [&](const Tensor& t, float* room) {
+      return rows_of_words<Words, Float>(t, s, s.k_start + key, block, whole, s.k_len - key, width, in_place, room);
+    };
+    const Rows k = words(a.k, scratch + at.k);
+    Rows v = words(a.v, scratch + at.v);
     if constexpr (Words::pack == 2) {
       pair_rows<Words>(v, whole, width, scratch + at.paired);
-      v = scratch + at.paired;
+      v = {scratch + at.paired, round_up(width, lanes)};
     }
-    const int64_t next = key + key_block, ahead = least(key_block, keys - next);  // while this block is multiplied
-    prefetch_rows<Float>(a.k, s, width, s.k_start + next, ahead);
-    prefetch_rows<Float>(a.v, s, width, s.k_start + next, ahead);
+    Ahead ahead{&a.k, &a.v, s, key + key_block, least(key_block, keys - key - key_block)};
+    if (ahead.count <= 0 && n_next >= 0) {
+      ahead = {&a.k, &a.v, sequence_of(shape, b, n_next), 0, least(key_block, keys)};
+      prefetch_rows<Float>(a.q, ahead.s, width, s.q_start + first, count);
+    }
     for (int64_t t = 0; t * query_tile < count; ++t) {
       const Tile& tile = tiles[t];
       const int64_t rows = least(block, s.limit(tile.first + tile.rows - 1) - key);
       if (rows <= 0) continue;
-      const auto run = tile.rows > 2 * lanes ? forward_tile<Words, 3>
-                       : tile.rows > lanes   ? forward_tile<Words, 2>
-                                             : forward_tile<Words, 1>;
+      const auto run = tile.rows > 2 * lanes ? forward_tile<Float, Words, 3>
+                       : tile.rows > lanes   ? forward_tile<Float, Words, 2>
+                                             : forward_tile<Float, Words, 1>;
       run(shape, s, tile, k, v, key, rows, scale.log2, scratch + at.scores, scratch + at.top + t * query_tile,
-          scratch + at.total + t * query_tile, scratch + at.sum + t * tile_floats);
+          scratch + at.total + t * query_tile, scratch + at.sum + t * tile_floats, ahead);
+      ahead.count = 0;
     }
   }
   for (int64_t t = 0; t * query_tile < count; ++t) {
@@ -168,15 +187,20 @@ bool forward_of(const AttentionForward& a) {
   const auto chunks_of = [&](int64_t each) { return (tiles + each - 1) / each; };
   while (chunk_tiles > 1 && a.shape.batch * a.shape.heads * chunks_of(chunk_tiles) < 4 * threads) --chunk_tiles;
   const int64_t chunks = chunks_of(chunk_tiles);
-  return run_tasks(threads, a.shape.batch * a.shape.heads * chunks, [&](int64_t index) {
-    const int64_t bn = index / chunks;  // the last chunk sees the most keys: first
-    return forward_task<Float>(a, bn / a.shape.heads, bn % a.shape.heads, chunks - 1 - index % chunks, chunk_tiles);
+  return run_heads(a.shape, threads, chunks, [&](int64_t b, int64_t chunk, int64_t n, int64_t n_next) {
+    // The last chunk sees the most keys: first.
+    return forward_task<Float>(a, b, n, n_next, chunks - 1 - chunk, chunk_tiles);
   });
 }
 
 }  // namespace
 
 bool attention_forward(const AttentionForward& a) {
+  const int32_t* q_lens = a.shape.bounds.q_lens;
+  bool few = false, many = false;
+  for (int64_t b = 0; b < a.shape.batch; ++b) (q_lens[b] <= few_queries ? few : many) = true;
+  if (few && !attention_few(a)) return false;
+  if (!many) return true;
   return a.shape.dtype == DType::float32    ? forward_of<Float32>(a)
          : a.shape.dtype == DType::bfloat16 ? forward_of<BFloat16>(a)
                                             : forward_of<Float16>(a);

@@ -6,7 +6,13 @@
 #include "simd.h"
 
 namespace simvlm::SIMVLM_LEVEL {
+
+// The forward pass of those sequences that have at most `few_queries` queries, and of no others.
+bool attention_few(const AttentionForward& a);
+
 namespace {
+
+constexpr int64_t few_queries = 8;
 
 SIMVLM_INLINE int64_t longest(const int32_t* lens, int64_t batch) {
   int64_t length = 0;
@@ -23,7 +29,8 @@ constexpr int64_t worth_a_thread = 1 << 18;
 SIMVLM_INLINE int64_t threads_for(const AttentionShape& shape) {
   int64_t work = 0;
   for (int64_t b = 0; b < shape.batch; ++b) {
-    work += static_cast<int64_t>(shape.bounds.q_lens[b]) * shape.bounds.k_lens[b] * shape.heads * shape.head_dim;
+    const int64_t queries = shape.bounds.q_lens[b] + few_queries;  // reading the keys costs as much as a few queries
+    work += queries * shape.bounds.k_lens[b] * shape.heads * shape.head_dim;
   }
   return least(shape.threads, 1 + work / worth_a_thread);
 }
@@ -41,6 +48,23 @@ bool run_tasks(int64_t threads, int64_t count, Task task) {
   };
   parallel_for(count, static_cast<int>(threads), one, &run);
   return !run.failed;
+}
+
+// task(b, chunk, n, n_next) for every sequence, chunk of it and head; `n_next` is the head that the same thread
+// computes next, or -1. Heads are grouped while every thread still has several groups.
+template <class Task>
+bool run_heads(const AttentionShape& shape, int64_t threads, int64_t chunks, Task task) {
+  const int64_t all = shape.batch * shape.heads * chunks;
+  const int64_t together = most(1, least(shape.heads, all / (8 * threads)));
+  const int64_t groups = (shape.heads + together - 1) / together;
+  return run_tasks(threads, shape.batch * groups * chunks, [&](int64_t index) {
+    const int64_t b = index / (groups * chunks), begin = index / chunks % groups * together;
+    const int64_t end = least(begin + together, shape.heads);
+    for (int64_t n = begin; n < end; ++n) {
+      if (!task(b, index % chunks, n, n + 1 < end ? n + 1 : -1)) return false;
+    }
+    return true;
+  });
 }
 
 }  // namespace

@@ -130,7 +130,8 @@ struct Operands {
   int64_t depth;
 };
 
-// One group of rows: sum(r, v) starts as begin(r, v), gains A·B, and goes to end(r, v, sum).
+// One group of rows: sum[r][v] starts as begin(r, v) and gains A·B; then end(sum). No vector but these may live across
+// the loop, or registers run out: what `end` joins its sums to it must load and store itself.
 template <class Words, int Vectors, class Begin, class End>
 SIMVLM_INLINE void product_group(const Operands& p, Begin begin, End end) {
   vfloat sum[group][Vectors];
@@ -154,10 +155,15 @@ SIMVLM_INLINE void product_group(const Operands& p, Begin begin, End end) {
     a += p.a_col;
     b += p.b_row;
   }
+  end(sum);
+}
+
+template <int Vectors>
+SIMVLM_INLINE void store_sums(const vfloat (&sum)[group][Vectors], float* to, int64_t row) {
 #pragma GCC unroll 8
   for (int r = 0; r < group; ++r) {
 #pragma GCC unroll 3
-    for (int v = 0; v < Vectors; ++v) end(r, v, sum[r][v]);
+    for (int v = 0; v < Vectors; ++v) store(to + r * row + v * lanes, sum[r][v]);
   }
 }
 
@@ -165,7 +171,7 @@ SIMVLM_INLINE void product_group(const Operands& p, Begin begin, End end) {
 template <class Words, int Vectors>
 void accumulate(Operands p, int64_t rows, float* c, int64_t c_row, const float* decay = nullptr) {
   for (int64_t m = 0; m < rows; m += group) {
-    const auto end = [&](int r, int v, vfloat sum) { store(c + r * c_row + v * lanes, sum); };
+    const auto end = [&](const auto& sum) { store_sums<Vectors>(sum, c, c_row); };
     if (decay == nullptr) {
       product_group<Words, Vectors>(p, [&](int r, int v) { return load(c + r * c_row + v * lanes); }, end);
     } else {
@@ -228,15 +234,35 @@ void rows_to_words(const Tensor& t, const Sequence& s, int64_t first, int64_t co
   for (int64_t at = count * words_row; at < rows * words_row; at += lanes) store(to + at, vfloat{});
 }
 
+// Rows of words: row i at `at` + i·row.
+struct Rows {
+  const float* at;
+  int64_t row;
+};
+
+// `count` rows of the sequence from `first` on as words [whole, …]: where they lie, if that is possible and wished,
+// else a copy in `room`, with zeros past `count`. `left` is how many rows the sequence has from `first` on.
+template <class Words, class Float>
+Rows rows_of_words(const Tensor& t, const Sequence& s, int64_t first, int64_t count, int64_t whole, int64_t left,
+                   int64_t width, bool in_place, float* room) {
+  if (in_place && whole <= left && sizeof(typename Float::Storage) * Words::pack == sizeof(float)) {
+    return {reinterpret_cast<const float*>(row_at<Float>(t, s, first)),
+            t.row * static_cast<int64_t>(sizeof(typename Float::Storage)) / 4};
+  }
+  rows_to_words<Words, Float>(t, s, first, count, whole, width, 1.0f, room);
+  return {room, round_up(width, Words::pack * lanes) / Words::pack};
+}
+
 // Asks for rows that will be read soon: in [B, T, N, H] each lies on a page of its own, too far apart for the processor
 // to foresee.
 template <class Float>
 SIMVLM_INLINE void prefetch_rows(const Tensor& t, const Sequence& s, int64_t width, int64_t first, int64_t count) {
   constexpr int64_t line = 64 / sizeof(typename Float::Storage);
-  for (int64_t i = 0; i < count; ++i) {
-    const auto* row = row_at<Float>(t, s, first + i);
+  const auto* row = row_at<Float>(t, s, first);
+  for (int64_t i = 0; i < count; ++i, row += t.row) {
     for (int64_t h = 0; h < width; h += line) __builtin_prefetch(row + h, 0, 2);
   }
+  asm volatile("");  // gcc drops calls of functions that do nothing but this
 }
 
 // words[rows, words_row] → [words_row, to_row], both axes in whole vectors.
@@ -256,14 +282,15 @@ SIMVLM_INLINE void transpose_words(const float* from, int64_t rows, int64_t word
 // The words of a product that sums over rows: floats as they are, bfloat16 with rows 2i and 2i + 1 paired. `from` holds
 // words of rows (see rows_to_words); to [rows / pack, width in whole vectors].
 template <class Words>
-SIMVLM_INLINE void pair_rows(const float* from, int64_t rows, int64_t width, float* to) {
+SIMVLM_INLINE void pair_rows(const Rows& from, int64_t rows, int64_t width, float* to) {
   static_assert(Words::pack == 2);
-  const int64_t halves_row = round_up(width, 2 * lanes), to_row = round_up(width, lanes);
-  const auto* halves = reinterpret_cast<const uint16_t*>(from);
+  const int64_t to_row = round_up(width, lanes);
   for (int64_t i = 0; i < rows; i += 2) {
+    const auto* even = reinterpret_cast<const uint16_t*>(from.at + i * from.row);
+    const auto* odd = reinterpret_cast<const uint16_t*>(from.at + (i + 1) * from.row);
     for (int64_t h = 0; h < to_row; h += lanes) {
-      const vuint low = __builtin_convertvector(load_as<vhalf>(halves + i * halves_row + h), vuint);
-      const vuint high = __builtin_convertvector(load_as<vhalf>(halves + (i + 1) * halves_row + h), vuint);
+      const vuint low = widen_halves(load_as<vhalf>(even + h));
+      const vuint high = widen_halves(load_as<vhalf>(odd + h));
       store(to + i / 2 * to_row + h, bits<vfloat>(low | high << 16));
     }
   }
@@ -386,11 +413,11 @@ SIMVLM_INLINE void place_tile(const AttentionShape& shape, const Sequence& s, in
 }
 
 // scores[rows in whole groups, query_tile] of a block of keys, and the largest of each column joined into `top`; -inf
-// where a query does not see the key. `keys` holds words [rows, words_row].
-template <class Words, int Vectors>
-void score_block(const AttentionShape& shape, const Sequence& s, const Tile& tile, const float* keys, int64_t first_key,
-                 int64_t rows, float* scores, float* top) {
-  const int64_t words_row = round_up(shape.head_dim, Words::pack * lanes) / Words::pack;
+// where a query does not see the key. meanwhile(m) is called before the
+// product of rows m … m + group.
+template <class Words, int Vectors, class Meanwhile>
+SIMVLM_INLINE void score_block(const AttentionShape& shape, const Sequence& s, const Tile& tile, const Rows& keys,
+                               int64_t first_key, int64_t rows, float* scores, float* top, Meanwhile meanwhile) {
   int64_t places[key_block];
   const int64_t patches = tile.table == nullptr ? 0 : key_places(shape, s, first_key, rows, places);
   for (int v = 0; v < Vectors && patches > 0; ++v) {
@@ -404,21 +431,29 @@ void score_block(const AttentionShape& shape, const Sequence& s, const Tile& til
     }
   }
   const bool all_seen = s.limit(tile.first) >= first_key + round_up(rows, group);
-  vfloat highest[Vectors];
-  for (int v = 0; v < Vectors; ++v) highest[v] = load(top + v * lanes);
   for (int64_t m = 0; m < rows; m += group) {
-    const Operands p{keys + m * words_row, words_row, 1, tile.q, query_tile, shape.head_dim / Words::pack};
+    const Operands p{keys.at + m * keys.row, keys.row, 1, tile.q, query_tile, shape.head_dim / Words::pack};
     float* to = scores + m * query_tile;
+    meanwhile(m);
     const int64_t biased = patches - m;
     product_group<Words, Vectors>(
         p, [&](int r, int v) { return r < biased ? load(to + r * query_tile + v * lanes) : vfloat{}; },
-        [&](int r, int v, vfloat sum) {
-          if (!all_seen) sum = splat_int(first_key + m + r) < tile.limits[v] ? sum : splat(-infinity);
-          highest[v] = max(highest[v], sum);
-          store(to + r * query_tile + v * lanes, sum);
+        [&](auto& sum) {
+#pragma GCC unroll 3
+          for (int v = 0; v < Vectors; ++v) {
+            vfloat highest = load(top + v * lanes);
+#pragma GCC unroll 8
+            for (int r = 0; r < group; ++r) {
+              if (!all_seen) {
+                sum[r][v] = splat_int(first_key + m + r) < tile.limits[v] ? sum[r][v] : splat(-infinity);
+              }
+              highest = max(highest, sum[r][v]);
+              store(to + r * query_tile + v * lanes, sum[r][v]);
+            }
+            store(top + v * lanes, highest);
+          }
         });
   }
-  for (int v = 0; v < Vectors; ++v) store(top + v * lanes, highest[v]);
 }
 
 }  // namespace

@@ -183,8 +183,19 @@ struct Scratch {
   float* data = nullptr;
   int64_t floats = 0;
   ~Scratch() { std::free(data); }
+
+  float* at_least(int64_t wanted) {
+    if (wanted < 1) wanted = 1;  // null means that there is no memory
+    if (floats < wanted) {
+      std::free(data);
+      const size_t bytes = (static_cast<size_t>(wanted) * sizeof(float) + 63) / 64 * 64;
+      data = static_cast<float*>(std::aligned_alloc(64, bytes));
+      floats = data == nullptr ? 0 : wanted;
+    }
+    return data;
+  }
 };
-thread_local Scratch scratch;
+thread_local Scratch scratch, shared;
 
 }  // namespace
 
@@ -197,15 +208,8 @@ void parallel_for(int64_t count, int threads, void (*task)(void*, int64_t), void
   for (int64_t i = 0; i < count; ++i) task(context, i);
 }
 
-float* thread_scratch(int64_t floats) {
-  if (floats < 1) floats = 1;  // null means that there is no memory
-  if (scratch.floats < floats) {
-    std::free(scratch.data);
-    const size_t bytes = (static_cast<size_t>(floats) * sizeof(float) + 63) / 64 * 64;
-    scratch.data = static_cast<float*>(std::aligned_alloc(64, bytes));
-    scratch.floats = scratch.data == nullptr ? 0 : floats;
-  }
-  return scratch.data;
-}
+float* thread_scratch(int64_t floats) { return scratch.at_least(floats); }
+
+float* shared_scratch(int64_t floats) { return shared.at_least(floats); }
 
 }  // namespace simvlm

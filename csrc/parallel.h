@@ -18,4 +18,7 @@ void parallel_for(int64_t count, int threads, void (*task)(void* context, int64_
 // from the same thread. Null when memory is exhausted.
 float* thread_scratch(int64_t floats);
 
+// The same, apart from it: for what a caller of parallel_for shares with its tasks.
+float* shared_scratch(int64_t floats);
+
 }  // namespace simvlm

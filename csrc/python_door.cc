@@ -4,13 +4,13 @@
 #include <pybind11/stl.h>
 
 #include <array>
-#include <memory>
 #include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "arch.h"
+#include "parallel.h"
 
 namespace py = pybind11;
 
@@ -128,11 +128,10 @@ void attention_backward(const Strided& q, const Strided& k, const Strided& v, co
                                     nullptr,
                                     pointer<float>(dtable)};
   py::gil_scoped_release released;
-  std::unique_ptr<float[]> parts;
   if (dtable != 0) {
     const AttentionShape& shape = problem.shape;
-    parts.reset(new float[static_cast<size_t>(batch * heads * table_chunks(shape) * table_part(shape))]);
-    problem.dtable_parts = parts.get();
+    problem.dtable_parts = simvlm::shared_scratch(batch * heads * table_chunks(shape) * table_part(shape));
+    if (problem.dtable_parts == nullptr) throw std::bad_alloc();
   }
   if (!simvlm::kernels().attention_backward(problem)) throw std::bad_alloc();
 }

@@ -1,0 +1,212 @@
+// Prefix attention forward for sequences of a few queries, decoding above all, for one CPU level.
+//
+// With one query a tile's lanes would be idle, and the time is that of reading K and V once: a task reads a split of
+// the keys, of fixed size, row after row through all its heads. What the splits of a sequence found is then joined in
+// order, so one query keeps every thread busy and the result depends neither on the threads nor on the batch.
+#include <cmath>
+
+#include "attention_tasks.h"
+#include "attention_tiles.h"
+
+namespace simvlm::SIMVLM_LEVEL {
+namespace {
+
+constexpr int64_t split_keys = 128;
+
+// What one (split, head, query) found: the largest score, the sum of exponentials, and their sum with V.
+struct Found {
+  float *top, *total, *sum;
+};
+
+struct Few {
+  const AttentionForward* a;
+  int64_t splits;   // of the longest keys
+  int64_t queries;  // of the longest sequence of few
+  float* room;      // [batch, splits, heads, queries, lanes + width]
+
+  SIMVLM_INLINE int64_t width() const { return round_up(a->shape.head_dim, lanes); }
+  SIMVLM_INLINE int64_t size() const { return lanes + width(); }
+  SIMVLM_INLINE Found at(int64_t b, int64_t split, int64_t n, int64_t i) const {
+    float* found = room + (((b * splits + split) * a->shape.heads + n) * queries + i) * size();
+    return {found, found + 1, found + lanes};
+  }
+};
+
+// The sum of each of `lanes` vectors, in one vector.
+SIMVLM_INLINE vfloat sums_of(const float* vectors) {
+  vfloat x[lanes];
+  for (int64_t l = 0; l < lanes; ++l) x[l] = load(vectors + l * lanes);
+  transpose(x);
+  for (int64_t step = lanes / 2; step > 0; step /= 2) {
+    for (int64_t l = 0; l < step; ++l) x[l] += x[l + step];
+  }
+  return x[0];
+}
+
+// Entries of the table for query p and a vector of keys from `key` on; zeros where there is none.
+SIMVLM_INLINE vfloat bias_of(const AttentionForward& a, const Sequence& s, int64_t p, int64_t key, float factor) {
+  vfloat bias = {};
+  if (a.table == nullptr || p >= s.image_len) return bias;
+  const int64_t width = a.shape.grid_width, row = 2 * width - 1;
+  const float* centre = a.table + s.n * table_size(a.shape) + (table_size(a.shape) - 1) / 2;
+  const int64_t here = p / width * row + p % width;
+  for (int64_t l = 0; l < lanes && key + l < s.image_len; ++l) {
+    const int64_t j = key + l;
+    bias[l] = centre[j / width * row + j % width - here] * factor;
+  }
+  return bias;
+}
+
+// One split of one sequence's keys, for heads n_begin … n_end.
+template <class Float>
+bool few_task(const Few& few, int64_t b, int64_t split, int64_t n_begin, int64_t n_end) {
+  const AttentionForward& a = *few.a;
+  const AttentionShape& shape = a.shape;
+  const int64_t width = shape.head_dim, padded = few.width(), heads = n_end - n_begin;
+  Sequence s = sequence_of(shape, b, n_begin);
+  const int64_t first = split * split_keys, queries = s.q_len;
+  const int64_t keys = least(split_keys, s.limit(queries - 1) - first);
+  if (queries < 1 || queries > few_queries || keys < 1) return true;
+  const Scale scale = scale_of(shape.scale);
+
+  // q [heads, queries, padded]; products [heads, queries, lanes, lanes]; scores [heads, queries, split_keys]
+  const int64_t rows = heads * queries;
+  float* q = thread_scratch(rows * (padded + lanes * lanes + split_keys));
+  if (q == nullptr) return false;
+  float* products = q + rows * padded;
+  float* scores = products + rows * lanes * lanes;
+  for (int64_t n = 0; n < heads; ++n) {
+    s.n = n_begin + n;
+    for (int64_t i = 0; i < queries; ++i) {
+      row_to_words<Floats, Float>(row_at<Float>(a.q, s, s.q_start + i), width, scale.q, q + (n * queries + i) * padded);
+    }
+  }
+
+  for (int64_t j = 0; j < keys; j += lanes) {
+    const int64_t count = least(lanes, keys - j);
+    for (int64_t l = 0; l < count; ++l) {
+      s.n = n_begin;
+      const auto* k = row_at<Float>(a.k, s, s.k_start + first + j + l);
+      for (int64_t n = 0; n < heads; ++n, k += a.k.head) {
+        for (int64_t i = 0; i < queries; ++i) {
+          const float* row = q + (n * queries + i) * padded;
+          vfloat sum = {};
+          over_vectors<Float>(width, [&](int64_t h, auto part) { sum += part.widen(k + h) * load(row + h); });
+          store(products + ((n * queries + i) * lanes + l) * lanes, sum);
+        }
+      }
+    }
+    for (int64_t n = 0; n < heads; ++n) {
+      s.n = n_begin + n;
+      for (int64_t i = 0; i < queries; ++i) {
+        const vfloat score =
+            sums_of(products + (n * queries + i) * lanes * lanes) + bias_of(a, s, s.offset + i, first + j, scale.bias);
+        const vint seen = lane_index() < splat_int(least(lanes, most(0, s.limit(i) - first - j)));
+        store(scores + (n * queries + i) * split_keys + j, seen ? score : splat(-infinity));
+      }
+    }
+  }
+
+  for (int64_t n = 0; n < heads; ++n) {
+    for (int64_t i = 0; i < queries; ++i) {
+      float* row = scores + (n * queries + i) * split_keys;
+      vfloat highest = splat(lowest_score), total = {};
+      for (int64_t j = 0; j < keys; j += lanes) highest = max(highest, load(row + j));
+      const float top = reduce_max(highest);
+      for (int64_t j = 0; j < keys; j += lanes) {
+        const vfloat p = exp2_nonpositive((load(row + j) - top) * scale.log2);
+        total += p;
+        store(row + j, p);
+      }
+      const Found found = few.at(b, split, n_begin + n, i);
+      *found.top = top;
+      *found.total = reduce_add(total);
+      clear(found.sum, padded);
+    }
+  }
+
+  for (int64_t j = 0; j < keys; ++j) {
+    s.n = n_begin;
+    const auto* v = row_at<Float>(a.v, s, s.k_start + first + j);
+    for (int64_t n = 0; n < heads; ++n, v += a.v.head) {
+      for (int64_t i = 0; i < queries; ++i) {
+        const float p = scores[(n * queries + i) * split_keys + j];
+        if (p == 0.0f) continue;  // a key that this query does not see
+        float* sum = few.at(b, split, n_begin + n, i).sum;
+        over_vectors<Float>(width,
+                            [&](int64_t h, auto part) { store(sum + h, load(sum + h) + part.widen(v + h) * p); });
+      }
+    }
+  }
+  return true;
+}
+
+// Joins what the splits of a sequence found, in order.
+template <class Float>
+void join_splits(const Few& few, int64_t b) {
+  const AttentionForward& a = *few.a;
+  const AttentionShape& shape = a.shape;
+  const int64_t width = shape.head_dim;
+  const Scale scale = scale_of(shape.scale);
+  for (int64_t n = 0; n < shape.heads; ++n) {
+    const Sequence s = sequence_of(shape, b, n);
+    if (s.q_len > few_queries) return;
+    float* lse = a.lse + s.lse_start;
+    for (int64_t i = 0; i < s.q_len; ++i) {
+      const int64_t splits = (s.limit(i) + split_keys - 1) / split_keys;
+      float top = lowest_score, total = 0.0f;
+      alignas(64) float sum[128] = {};
+      for (int64_t split = 0; split < splits; ++split) {
+        const float here = *few.at(b, split, n, i).top;
+        top = here > top ? here : top;
+      }
+      for (int64_t split = 0; split < splits; ++split) {
+        const Found found = few.at(b, split, n, i);
+        const float weight = exp2_nonpositive(splat((*found.top - top) * scale.log2))[0];
+        total += *found.total * weight;
+        for (int64_t h = 0; h < few.width(); h += lanes) store(sum + h, load(sum + h) + load(found.sum + h) * weight);
+      }
+      auto* out = row_at<Float>(a.out, s, s.q_start + i);
+      const float factor = splits == 0 ? 0.0f : 1.0f / total;
+      over_vectors<Float>(width, [&](int64_t h, auto part) { part.narrow(out + h, load(sum + h) * factor); });
+      lse[i * shape.heads] = splits == 0 ? -infinity : top * scale.rest + std::log(total);
+    }
+    clear_rows<Float>(a.out, s, width, s.q_start + s.q_len, s.q_gap);
+    for (int64_t i = s.q_len; i < s.q_len + s.q_gap; ++i) lse[i * shape.heads] = -infinity;
+  }
+}
+
+template <class Float>
+bool few_of(const AttentionForward& a) {
+  const AttentionShape& shape = a.shape;
+  Few few{&a, most(1, (longest_key(shape) + split_keys - 1) / split_keys), 0, nullptr};
+  for (int64_t b = 0; b < shape.batch; ++b) {
+    const int64_t queries = shape.bounds.q_lens[b];
+    if (queries <= few_queries) few.queries = most(few.queries, queries);
+  }
+  few.room = shared_scratch(shape.batch * few.splits * shape.heads * few.queries * few.size());
+  if (few.room == nullptr) return false;
+  const int64_t threads = threads_for(shape);
+  int64_t groups = 1;  // of heads: whole rows of storage if that leaves every thread a few tasks
+  while (groups < shape.heads && shape.batch * few.splits * groups < 4 * threads) groups *= 2;
+  const int64_t together = (shape.heads + groups - 1) / groups;
+  const bool done = run_tasks(threads, shape.batch * few.splits * groups, [&](int64_t index) {
+    const int64_t begin = index % groups * together, split = index / groups % few.splits;
+    return few_task<Float>(few, index / groups / few.splits, split, begin, least(begin + together, shape.heads));
+  });
+  if (!done) return false;
+  return run_tasks(threads, shape.batch, [&](int64_t b) {
+    join_splits<Float>(few, b);
+    return true;
+  });
+}
+
+}  // namespace
+
+bool attention_few(const AttentionForward& a) {
+  return a.shape.dtype == DType::float32    ? few_of<Float32>(a)
+         : a.shape.dtype == DType::bfloat16 ? few_of<BFloat16>(a)
+                                            : few_of<Float16>(a);
+}
+
+}  // namespace simvlm::SIMVLM_LEVEL
