@@ -295,9 +295,8 @@ bool backward_of(const AttentionBackward& a) {
   bool done = true;
   // Cutting costs two of five products again: worth it where whole heads would leave threads idle for longer than that.
   if ((pairs + threads - 1) / threads * threads * 5 <= pairs * 7) {
-    done = run_tasks(threads, pairs, [&](int64_t index) {
-      const int64_t b = index / shape.heads;
-      return backward_task<Float>(a, b, index % shape.heads, Share{q, k, v, table, 0, q_len(b), 0, k_len(b)});
+    done = run_heads(shape, threads, 1, [&](int64_t b, int64_t, int64_t n, int64_t) {
+      return backward_task<Float>(a, b, n, Share{q, k, v, table, 0, q_len(b), 0, k_len(b)});
     });
   } else {
     const int64_t q_chunks = q ? most(1, (longest_query(shape) + query_chunk - 1) / query_chunk) : 0;

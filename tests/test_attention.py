@@ -207,7 +207,7 @@ def test_the_same_call_is_bit_equal(impl, name, dtype):
 
 
 @pytest.mark.parametrize("dtype", spec.DTYPES)
-@pytest.mark.parametrize("name", ["base_encoder", "edges_prefix_table"])
+@pytest.mark.parametrize("name", ["base_encoder", "edges_prefix_table", "one_head", "decode_long"])
 def test_the_number_of_threads_changes_nothing(name, dtype):
     case = next(case for case in CORE if case.name == name)
     tensors, before = _leaves(case, dtype), torch.get_num_threads()

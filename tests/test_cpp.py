@@ -200,16 +200,28 @@ def test_ten_thousand_calls_leave_memory_where_it_was():
     assert _resident_kib() - before < 1024
 
 
-def test_memory_is_linear_in_the_length():
-    """T = S = 8192 in a fresh process: one T×S array of float32 would be 256 MiB."""
-    code = (
-        "import re; import numpy as np; from simvlm.kernels import PrefixLayout, prefix_attention;"
-        "x = np.ones((8192, 1, 64), np.float32); prefix_attention(x[:9], x[:9], x[:9], PrefixLayout.packed([9]));"
-        "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]);"
-        "before = peak(); prefix_attention(x, x, x, PrefixLayout.packed([8192])); print(peak() - before)"
-    )
-    done = _python(code, SIMVLM_NUM_THREADS="2")
-    assert int(done.stdout) < 16 * 1024, done.stderr
+@pytest.mark.parametrize(("backward", "limit_mib"), [(False, 16), (True, 32)])
+def test_memory_is_linear_in_the_length(backward, limit_mib):
+    """T = S = 8192 in a fresh process, results included: one T×S array of float32 would be 256 MiB."""
+    code = f"""
+import re
+import torch
+from simvlm.kernels import PrefixLayout, prefix_attention
+
+def run(length):
+    x = torch.ones(length, 1, 64, requires_grad={backward})
+    peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+    before = peak()
+    out = prefix_attention(x, x, x, PrefixLayout.packed([length]), impl="cpp")
+    if {backward}:
+        out.backward(x.detach())
+    return peak() - before
+
+run(9)
+print(run(8192))
+"""
+    done = _python(code, OMP_NUM_THREADS="2")
+    assert int(done.stdout) < limit_mib * 1024, done.stderr
 
 
 def test_scale_of_minus_infinity_scores_is_no_nan():

@@ -276,6 +276,7 @@ CASES: tuple[Case, ...] = (
     Case(name="grid_row", q_lens=(30,), prefix_lens=17, image_grid=(1, 17)),
     Case(name="grid_column", q_lens=(30,), prefix_lens=17, image_grid=(17, 1)),
     Case(name="grid_without_table", q_lens=(30, 20), image_grid=(4, 4), table=False),
+    Case(name="one_head", q_lens=(400,), prefix_lens=350, image_grid=(17, 19), heads=1, head_dim=24),
     Case(name="image_cut", q_lens=(10, 50), image_grid=(4, 7), prefix_lens=0),
     Case(name="scaled", q_lens=(40,), prefix_lens=9, scale=0.37, image_grid=(3, 3)),
     Case(
@@ -297,6 +298,16 @@ CASES: tuple[Case, ...] = (
     Case(name="captions", q_lens=_CAPTIONS, prefix_lens=0),
     Case(name="captions_cross", q_lens=_CAPTIONS, k_lens=tuple(50 + 3 * n for n in _CAPTIONS), cross=True),
     Case(name="decode", q_lens=(1, 1, 1), k_lens=(80, 33, 1), q_offsets=(79, 32, 0), prefix_lens=0),
+    Case(
+        name="decode_long",
+        q_lens=(1, 3, 8),
+        k_lens=(300, 129, 260),
+        q_offsets=(299, 126, 100),
+        prefix_lens=(0, 0, 90),
+        image_grid=(9, 11),
+        heads=3,
+        head_dim=80,
+    ),
     Case(
         name="decode_chunk_table",
         q_lens=(5, 7),
