@@ -185,6 +185,19 @@ def _bare(problem: Problem) -> Attend:
     return lambda q, k, v, table: _sdpa(problem, q, k, v)
 
 
+def _padded_to_256(problem: Problem) -> Attend:
+    """The same captions in the text decoder's full length: who does not sort captions by length pays this."""
+    case = problem.case
+    extra = 256 - problem.dense["q"].shape[1]
+    q = F.pad(problem.dense["q"], (0, 0, 0, 0, 0, extra))
+    own = 0 if case.cross else extra
+    k, v = (F.pad(problem.dense[name], (0, 0, 0, 0, 0, own)) for name in "kv")
+    mask = F.pad(problem.mask, (0, own, 0, extra), value=False)
+    mask |= ~mask.any(-1, keepdim=True)
+    ready = torch.where(mask[:, None], 0.0, float("-inf")).to(q.dtype).contiguous()
+    return lambda *_: _sdpa(problem, q, k, v, attn_mask=ready)[:, : 256 - extra]
+
+
 def _eager(problem: Problem) -> Attend:
     def attend(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -261,6 +274,12 @@ PEERS: tuple[Peer, ...] = (
         "else less than the op (a bound)",
         prepare=_bare,
         exact=lambda problem: problem.sees_all and problem.table is None,
+    ),
+    Peer(
+        name="SDPA, padded to 256",
+        what="scaled_dot_product_attention on captions padded to the text decoder's 256 tokens, a context row",
+        prepare=_padded_to_256,
+        takes_part=lambda problem, direction: direction == "forward" and problem.case.name.startswith("captions"),
     ),
     Peer(name="eager", what="matmul, add, softmax, matmul", prepare=_eager),
     Peer(name="compiled eager", what="torch.compile of eager, static shapes", prepare=_compiled_eager, compiled=True),

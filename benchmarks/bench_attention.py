@@ -6,12 +6,14 @@ gradients of q, k, v and of the table.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import machine
 from benchmarks.attention_peers import PEERS, Attend, Peer, Problem
 from benchmarks.contest import Contestant, Stopwatch
 from benchmarks.record import Settings, Subject, first_line, record
@@ -35,6 +37,7 @@ def bench_prefix_attention(
     found = named(case)
     problem = Problem(found, dtype, settings.device)
     contestants, refused, red = ours(problem, direction)
+    contestants += variants(problem, direction, contestants)
     for peer in PEERS:
         if not peer.takes_part(problem, direction):
             continue
@@ -89,6 +92,32 @@ def ours(problem: Problem, direction: str) -> tuple[list[Contestant], list[Refus
     return contestants, refused, red
 
 
+def variants(problem: Problem, direction: str, ours: list[Contestant]) -> list[Contestant]:
+    """The fastest of ours under other conditions: without the table, and on a CPU on one thread."""
+    name = next((contestant.name for contestant in ours if contestant.kind == "ours"), None)
+    if name is None or direction != "forward":
+        return []
+    found = []
+    peer = public(name.removeprefix("simvlm "))
+    if problem.table is not None:
+        without = dataclasses.replace(peer, name=f"{name}, no table", prepare=lambda p: _without_table(peer.prepare(p)))
+        found.append(contestant(problem, direction, without, "bound"))
+    if problem.device == "cpu" and torch.get_num_threads() > 1:
+        alone = contestant(problem, direction, dataclasses.replace(peer, name=f"{name}, one thread"), "variant")
+        call = alone.call
+
+        def on_one_thread() -> Any:
+            with machine.threads(1):
+                return call()
+
+        found.append(dataclasses.replace(alone, call=on_one_thread))
+    return found
+
+
+def _without_table(attend: Attend) -> Attend:
+    return lambda q, k, v, table: attend(q, k, v, None)
+
+
 def public(impl: str) -> Peer:
     """The public function with one implementation, entered like any peer."""
 
@@ -102,7 +131,7 @@ def public(impl: str) -> Peer:
 def contestant(problem: Problem, direction: str, peer: Peer, kind: str) -> Contestant:
     """Binds the tensors: `call` returns (out,) or (out, dq, dk, dv[, dtable])."""
     inputs = problem.inputs(peer.packed)
-    both, exact = direction == "both", peer.exact(problem)
+    both, exact = direction == "both", peer.exact(problem) and kind != "bound"
     leaves: list[Tensor] = [
         inputs[name].detach().clone().requires_grad_(both) for name in ("q", "k", "v", "rel_bias") if name in inputs
     ]

@@ -24,8 +24,8 @@ class Contestant:
 
     Attributes:
         what: one line for the report.
-        kind: "ours"; "peer" (computes the same); "bound" (computes less, so no rival); "reference" (the meaning of the
-            op, written to be read).
+        kind: "ours"; "variant" (ours under other conditions); "peer" (computes the same); "bound" (computes less, so no
+            rival); "reference" (the meaning of the op, written to be read).
         call: does the work once.
         error: the error of what `call` returned against truth; None where there is none to speak of.
     """

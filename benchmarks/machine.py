@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import ctypes
+import functools
 import gc
 import importlib.metadata
 import os
@@ -10,7 +13,8 @@ import platform
 import re
 import statistics
 import subprocess
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +106,60 @@ def matmul_gflops(dtype: torch.dtype, device: str, repeats: int) -> float:
     time_call = timer(device)
     time_call(lambda: a @ b)
     return 2e-9 * YARDSTICK**3 / statistics.median(time_call(lambda: a @ b) for _ in range(repeats))
+
+
+def yardsticks(dtype: torch.dtype, device: str, repeats: int) -> dict[str, float]:
+    """How fast the machine is at this moment: what a contest's times are to be compared with."""
+    found = {"matmul_gflops": matmul_gflops(dtype, device, repeats)}
+    if device == "cpu":
+        with threads(1):
+            found["matmul_one_thread_gflops"] = matmul_gflops(dtype, device, repeats)
+        found["copy_gbytes_per_s"] = copy_gbytes_per_s(repeats)
+        peak = fma_gflops(torch.get_num_threads())
+        if peak is not None:
+            found["fma_gflops"] = peak
+    return found
+
+
+@contextlib.contextmanager
+def threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def copy_gbytes_per_s(repeats: int) -> float:
+    """Bytes read and written a second by a copy of 128 MiB, median of a few."""
+    source = torch.ones(2**25)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    return 2e-9 * source.nbytes / statistics.median(wall_clock(lambda: target.copy_(source)) for _ in range(repeats))
+
+
+def fma_gflops(number: int) -> float | None:
+    """float32 GFLOP/s of multiply-adds on registers alone, on so many threads; None without a compiler."""
+    program = _fma_program()
+    if program is None:
+        return None
+    done = subprocess.run([program, str(number)], capture_output=True, text=True, check=False)
+    return float(done.stdout) if done.returncode == 0 else None
+
+
+@functools.cache
+def _fma_program() -> str | None:
+    folder = tempfile.TemporaryDirectory()
+    program = Path(folder.name) / "fma_peak"
+    compiler = os.environ.get("CXX", "g++")
+    source = ROOT / "benchmarks" / "fma_peak.cc"
+    try:
+        subprocess.run([compiler, "-O2", "-march=native", "-pthread", source, "-o", program], check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    atexit.register(folder.cleanup)
+    return str(program)
 
 
 def peak_extra_mib(call: Callable[[], Any], device: str) -> float | None:

@@ -72,9 +72,9 @@ def record(
     warm_s = contest.warm_up()
     rounds = rounds_within(settings.budget_s, warm_s, settings.min_rounds, settings.max_rounds)
     dtype = DTYPES[subject.dtype]
-    yardstick = [machine.matmul_gflops(dtype, settings.device, settings.yardsticks)]
+    before = machine.yardsticks(dtype, settings.device, settings.yardsticks)
     benchmark.pedantic(contest.round, rounds=rounds, iterations=1)
-    yardstick.append(machine.matmul_gflops(dtype, settings.device, settings.yardsticks))
+    after = machine.yardsticks(dtype, settings.device, settings.yardsticks)
 
     timings = contest.timings()
     rows = []
@@ -98,7 +98,7 @@ def record(
         dataclasses.asdict(subject),
         baseline=ours[0] if ours else None,
         threads=torch.get_num_threads(),
-        matmul_gflops=yardstick,
+        yardsticks={name: [before[name], after[name]] for name in before},
         rows=rows,
     )
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import plot
+from benchmarks.goals import Goal, goals
 from benchmarks.machine import YARDSTICK
 from benchmarks.plot import DIRECTIONS, number
 
@@ -103,6 +104,24 @@ def console_tables(report: Report, op: str) -> Iterable[Table]:
             style=style,
         )
     yield summary
+    held = goals(contests(report), op)
+    if held:
+        table = Table(title=f"{op}: goals", title_justify="left", box=box.SIMPLE_HEAD)
+        for heading in GOAL_HEADINGS:
+            table.add_column(heading, justify="right" if heading in ("goal", "measured") else "left")
+        for goal in held:
+            table.add_row(*goal_cells(goal), style={True: "green", False: "red"}.get(goal.met))  # type: ignore[arg-type]
+        yield table
+
+
+GOAL_HEADINGS = ("what", "dtype", "goal", "measured", "met")
+
+
+def goal_cells(goal: Goal) -> list[str]:
+    bound = "≤" if goal.at_most else "≥"
+    measured = NOTHING if goal.measured is None else f"{number(goal.measured)} {goal.unit}"
+    met = {True: "yes", False: "no", None: NOTHING}[goal.met]
+    return [goal.what, goal.dtype, f"{bound} {goal.goal:g} {goal.unit}", measured, met]
 
 
 def title(contest: dict[str, Any]) -> str:
@@ -143,7 +162,7 @@ def summary_cells(contest: dict[str, Any], report: Report) -> list[str]:
         DIRECTIONS[contest["direction"]],
         number(base["median_ms"]) if base else "red",
         number(base["gflops"]) if base else NOTHING,
-        f"{min(contest['matmul_gflops']):.0f}–{max(contest['matmul_gflops']):.0f}",
+        "–".join(f"{value:.0f}" for value in sorted(contest["yardsticks"]["matmul_gflops"])),
         *(_summary_ratio(row) for row in rivals),
     ]
 
@@ -156,7 +175,7 @@ def _summary_ratio(row: Row | None) -> str:
         return NOTHING
     if row["kind"] == "bound":
         return f"{row['ratio']:.2f}*"
-    return f"**{row['ratio']:.2f}**" if row["ratio"] < 1 else f"{row['ratio']:.2f}"
+    return f"**{row['ratio']:.2f}**" if row["ratio"] < 1 and row["kind"] == "peer" else f"{row['ratio']:.2f}"
 
 
 def markdown(report: Report, op: str) -> str:
@@ -183,7 +202,7 @@ def markdown(report: Report, op: str) -> str:
         "a round each, in an order that changes every round.",
         "* The machine is shared and noisy: ratios mean something, absolute times little. **matmul** is what a plain "
         f"{YARDSTICK}³ matrix product reached just before and just after the contest.",
-        "* Rows marked * (computes less) leave mask and bias out: a bound for what could be reached, no rival.",
+        "* Rows marked * (computes less) leave mask or bias out: a bound for what could be reached, no rival.",
         f"* **GFLOP/s**: {_formula(first['flops_formula'])} The same count for every contestant, whatever it does.",
         f"* **GB/s**: {_formula(first['bytes_formula'])} The same count for every contestant.",
         "* **extra MiB**: resident memory of the process at its peak during one warm call, less what was resident "
@@ -194,6 +213,7 @@ def markdown(report: Report, op: str) -> str:
         "",
         *_table(summary_headings(report), [summary_cells(contest, report) for contest in contests(report)], left=3),
         "",
+        *_goal_lines(report, op),
         "## Contestants",
         "",
         *(f"* **{name}**: {row['what']}." for name, row in contestants(report).items() if row.get("what")),
@@ -219,6 +239,13 @@ def markdown(report: Report, op: str) -> str:
         *(f"* {name}: {state}" for name, state in implementations.items()),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _goal_lines(report: Report, op: str) -> list[str]:
+    held = goals(contests(report), op)
+    if not held:
+        return []
+    return ["## Goals", "", *_table(list(GOAL_HEADINGS), [goal_cells(goal) for goal in held], left=2), ""]
 
 
 def _formula(sentence: str) -> str:

@@ -18,6 +18,7 @@ import torch
 from benchmarks import bench_attention, machine, record
 from benchmarks.attention_peers import PEERS, Peer, Problem
 from benchmarks.contest import Contest, Contestant, Stopwatch, order, quantile, rounds_within
+from benchmarks.goals import goals
 from simvlm.kernels.attention import spec
 from simvlm.kernels.attention.spec import Case
 
@@ -125,7 +126,7 @@ class Benchmark:
 
 def test_a_red_kernel_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_attention.parity, "violations", lambda *_: ["dq: largest error 1 > 0"])
-    monkeypatch.setattr(machine, "matmul_gflops", lambda *_: 1.0)
+    monkeypatch.setattr(machine, "yardsticks", lambda *_: {"matmul_gflops": 1.0})
     problem = Problem(TINY[2], "float32", "cpu")
     contestants, refused, red = bench_attention.ours(problem, "forward")
     assert "ours" not in [contestant.kind for contestant in contestants]
@@ -177,6 +178,54 @@ def test_every_contestant_computes_the_same(case: Case, direction: str) -> None:
             )
 
 
+@pytest.mark.parametrize("name", ["captions", "captions_cross"])
+def test_captions_padded_to_256_are_the_same(name: str) -> None:
+    problem = Problem(bench_attention.named(name), "float32", "cpu")
+    computed(problem, "forward", next(peer for peer in PEERS if peer.name == "SDPA, padded to 256"))
+
+
+def test_variants_of_ours() -> None:
+    problem = Problem(next(case for case in TINY if case.has_table), "float32", "cpu")
+    ours = bench_attention.ours(problem, "forward")[0]
+    found = {variant.name: variant for variant in bench_attention.variants(problem, "forward", ours)}
+    (without,) = (variant for name, variant in found.items() if name.endswith("no table"))
+    assert without.kind == "bound"
+    assert not torch.allclose(without.call()[0], ours[0].call()[0])
+    before = torch.get_num_threads()
+    for name, variant in found.items():
+        if name.endswith("one thread"):
+            assert torch.equal(variant.call()[0], ours[0].call()[0])
+    assert torch.get_num_threads() == before
+
+
+def test_goals_are_measured_met_missed_or_missing() -> None:
+    def contest(case: str, rows: dict[str, tuple[str, float, float]], **yardsticks: float) -> dict[str, Any]:
+        yard = {"copy_gbytes_per_s": 20.0, "fma_gflops": 200.0} | yardsticks
+        return {
+            "case": case,
+            "dtype": "float32",
+            "direction": "forward",
+            "baseline": "ours",
+            "yardsticks": {name: [value, value] for name, value in yard.items()},
+            "rows": [
+                {"name": name, "kind": kind, "reason": None, "ratio": ratio, "gflops": gflops, "gbytes_per_s": 17.0}
+                for name, (kind, ratio, gflops) in rows.items()
+            ],
+        }
+
+    pretrain = contest("pretrain", {"ours": ("ours", 1, 150), "SDPA, bias ready": ("peer", 2.0, 75)})
+    held = goals([pretrain, contest("decode", {"ours": ("ours", 1, 1)})], "prefix_attention")
+    found = {goal.what: goal for goal in held if goal.dtype == "float32"}
+    missed = found["pretrain: forward against SDPA, bias ready"]
+    assert (missed.measured, missed.met) == (2.0, False)
+    share = found["pretrain: forward, visible FLOPs as a share of the peak of multiply-adds"]
+    assert (share.measured, share.met) == (75.0, True)
+    decode = found["decode: bytes read and written as a share of a copy's"]
+    assert (decode.measured, decode.met) == (85.0, True)
+    assert found["px480: forward against SDPA, bias ready"].met is None
+    assert goals([pretrain], "another_op") == []
+
+
 @pytest.mark.full
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize(("direction", "name"), [("forward", "FlexAttention"), ("both", "compiled eager")])
@@ -193,7 +242,7 @@ def test_compiled_contestants_compute_the_same(case: Case, direction: str, name:
 
 def test_benchmark_cases_have_real_shapes() -> None:
     names = [case.name for case in spec.BENCHMARKS]
-    assert names == ["pretrain", "px480", "huge", "captions", "captions_cross", "decode"]
+    assert names == ["pretrain", "px480", "huge", "captions", "captions_cross", "decode", "smallest"]
     assert set(bench_attention.QUICK_CASES) <= set(names)
     described = {case.name: bench_attention.described(case) for case in spec.BENCHMARKS}
     assert described["pretrain"] == (

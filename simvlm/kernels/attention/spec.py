@@ -457,4 +457,5 @@ BENCHMARKS: tuple[Case, ...] = (
         heads=12,
         gradients=False,
     ),
+    Case(name="smallest", q_lens=(1,), heads=1, head_dim=8, tail=0),
 )
