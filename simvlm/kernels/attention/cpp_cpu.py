@@ -1,6 +1,6 @@
 """`prefix_attention` on the CPU through the compiled module: torch tensors (with gradients) and numpy arrays (forward).
 
-The kernels are in csrc/attention.cc; this file allocates, hands addresses and strides over, and nothing else. Saved for
+The kernels are in csrc/attention_*.cc; this file allocates, hands addresses and strides over, and nothing else. Saved for
 backward: q, k, v, out and lse. Limits: float32, bfloat16, float16; the host only.
 """
 
