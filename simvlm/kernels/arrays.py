@@ -56,3 +56,18 @@ def refuse_transforms(op: str, *tensors: Any) -> None:
                 raise NotImplementedError(
                     f"{op}: forward-mode differentiation is not supported by the kernels; impl='reference' supports it"
                 )
+
+
+def nothing_watches(*tensors: Any) -> bool:
+    """Whether an op on these torch tensors may simply run: no gradient, transform, mode, subclass or compiler is there.
+
+    None is passed over.
+    """
+    import torch
+
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._is_torch_function_mode_enabled():
+        return False
+    plain, grad = (torch.Tensor, torch.nn.Parameter), torch.is_grad_enabled()
+    return all(x is None or (type(x) in plain and not (grad and x.requires_grad)) for x in tensors)

@@ -47,12 +47,19 @@ def unsupported(x: Any) -> str | None:
     device = "cpu" if isinstance(x, np.ndarray) else x.device.type
     if device != "cpu":
         return f"runs on the CPU, got tensors on {device}"
-    return None if dtype_name(x) in _DTYPES else f"takes {', '.join(_DTYPES)}, got {dtype_name(x)}"
+    return None if dtype_code(x) is not None else f"takes {', '.join(_DTYPES)}, got {dtype_name(x)}"
 
 
-def dtype_code(x: Any) -> int:
-    """csrc/dtype.h's number of an array's dtype."""
-    return _DTYPES[dtype_name(x)]
+def dtype_code(x: Any) -> int | None:
+    """csrc/dtype.h's number of an array's dtype; None for one that the kernels do not take."""
+    code = _codes.get(x.dtype)
+    if code is None:
+        code = _codes[x.dtype] = _DTYPES.get(dtype_name(x), -1)
+    return None if code < 0 else code
+
+
+_codes: dict[Any, int] = {}
+"""by dtype, of whichever library"""
 
 
 def numpy_threads() -> int:

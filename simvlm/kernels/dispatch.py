@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import importlib.util
 import os
@@ -38,13 +39,13 @@ class Impl:
     path: str
     question: str = "unsupported"
 
-    @property
+    @functools.cached_property
     def module(self) -> ModuleType:
         return importlib.import_module(self.path)
 
     def unavailable(self) -> str | None:
         """What this machine lacks to run this row, or None."""
-        if self.family != "numpy" and importlib.util.find_spec(self.family) is None:
+        if sys.modules.get(self.family) is None and importlib.util.find_spec(self.family) is None:
             return f"{self.family} is not installed (pip install 'simvlm[{self.family}]')"
         return self.module.unavailable()
 

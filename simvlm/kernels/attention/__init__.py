@@ -82,6 +82,9 @@ def prefix_attention(
 
 def _check(family: str, q: Any, k: Any, v: Any, layout: PrefixLayout, rel_bias: Any, scale: Any) -> float:
     """Raises unless the call is the contract's; returns the scale."""
+    dtype = dtype_name(q)
+    if dtype not in _DTYPES:
+        raise TypeError(f"{OP}: q must be {', '.join(_DTYPES[:-1])} (or float64, reference only), got {dtype}")
     rank, axes = (4, "[B, T, N, H]") if layout.is_padded else (3, "[R, N, H]")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if len(x.shape) != rank:
@@ -89,11 +92,9 @@ def _check(family: str, q: Any, k: Any, v: Any, layout: PrefixLayout, rel_bias: 
             raise ValueError(
                 f"{OP}: {name} must have {rank} axes {axes} with a {form} layout, got shape {tuple(x.shape)}"
             )
-        dtype = dtype_name(x)
-        if dtype not in _DTYPES:
-            raise TypeError(f"{OP}: {name} must be {', '.join(_DTYPES[:-1])} (or float64, reference only), got {dtype}")
         if x.dtype != q.dtype:
-            raise TypeError(f"{OP}: q, k and v must have one dtype, got {dtype_name(q)} for q and {dtype} for {name}")
+            got = f"{dtype_name(q)} for q and {dtype_name(x)} for {name}"
+            raise TypeError(f"{OP}: q, k and v must have one dtype, got {got}")
         if not last_axis_contiguous(family, x):
             raise ValueError(
                 f"{OP}: {name} must be contiguous in its last axis, got strides {strides(x)}: call .contiguous()"

@@ -1,7 +1,7 @@
 """`prefix_attention` on the CPU through the compiled module: torch tensors (with gradients) and numpy arrays (forward).
 
-The kernels are in csrc/attention_*.cc; this file allocates, hands addresses and strides over, and nothing else. Saved for
-backward: q, k, v, out and lse. Limits: float32, bfloat16, float16; the host only.
+The kernels are in csrc/attention_*.cc; this file allocates, hands addresses and strides over, and nothing else. Saved
+for backward: q, k, v, out and lse. Limits: float32, bfloat16, float16; the host only.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ def forward(q: Any, k: Any, v: Any, layout: PrefixLayout, rel_bias: Any, scale: 
         q, k, v = (cpp_module.in_elements(x) for x in (q, k, v))
         out, lse = np.empty(q.shape, q.dtype), np.empty(q.shape[:-1], np.float32)
         table = None if rel_bias is None else np.ascontiguousarray(rel_bias, np.float32)
-        bounds: Any = np.ascontiguousarray(layout.numpy().bounds)
         threads = cpp_module.numpy_threads()
     else:
-        out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=_torch().float32)
-        table = None if rel_bias is None else rel_bias.to(_torch().float32).contiguous()
-        bounds = _torch().as_tensor(layout.bounds).contiguous()
-        threads = _torch().get_num_threads()
+        torch = _torch()
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        lse = torch.empty(q.shape[:-1], dtype=torch.float32)
+        table = None if rel_bias is None else rel_bias.to(torch.float32).contiguous()
+        threads = torch.get_num_threads()
+    bounds = _bounds(layout)
     if layout.batch == 0:  # nobody owns a row, so no task would write it
         out[...], lse[...] = 0, -math.inf
         return out, lse
@@ -73,7 +74,7 @@ def backward(
                 grad.zero_()
     else:
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-        dlse, bounds = dlse.contiguous(), torch.as_tensor(layout.bounds).contiguous()
+        dlse, bounds = dlse.contiguous(), _bounds(layout)
         cpp_module.compiled().attention_backward(
             *(_strided(x) for x in (q, k, v, out, dout, dq, dk, dv)),
             *(address(x) for x in (lse, dlse, table, dtable, bounds)),
@@ -85,6 +86,12 @@ def backward(
 def _torch() -> Any:
     """torch, which a caller with torch tensors has imported; numpy callers need not have it."""
     return sys.modules["torch"]
+
+
+def _bounds(layout: PrefixLayout) -> Any:
+    """The layout's int32[7, B], contiguous, as a torch tensor or numpy array."""
+    bounds = layout.bounds
+    return bounds.contiguous() if hasattr(bounds, "data_ptr") else np.ascontiguousarray(bounds, np.int32)
 
 
 def _statics(q: Any, k: Any, layout: PrefixLayout, scale: float, threads: int) -> tuple[Any, ...]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from simvlm.kernels import dispatch
-from simvlm.kernels.arrays import refuse_transforms
+from simvlm.kernels.arrays import nothing_watches, refuse_transforms
 from simvlm.kernels.attention import reference, table
 from simvlm.kernels.attention.layout import BOUNDS, PrefixLayout
 
@@ -37,6 +37,9 @@ def prefix_attention(
     if impl == "reference":
         return reference.forward(q, k, v, layout, rel_bias, scale)
     refuse_transforms("prefix_attention", q, k, v, rel_bias)
+    if nothing_watches(q, k, v, rel_bias):  # the registered op would cost more than a small call itself
+        kernel = dispatch.select("prefix_attention", table.IMPLS, "torch", impl, q, k, v, layout, rel_bias)
+        return kernel.forward(q, k, v, layout, rel_bias, scale)
     return torch.ops.simvlm.prefix_attention(
         q,
         k,
