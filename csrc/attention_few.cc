@@ -18,16 +18,24 @@ struct Found {
   float *top, *total, *sum;
 };
 
+// A part of one sequence's keys, and where what its heads and queries found begins in the room.
+struct Split {
+  int32_t b, number;
+  int64_t room;
+};
+
 struct Few {
   const AttentionForward* a;
-  int64_t splits;   // of the longest keys
-  int64_t queries;  // of the longest sequence of few
-  float* room;      // [batch, splits, heads, queries, lanes + width]
+  int64_t count;   // of all splits
+  Split* splits;   // in order of their sequences
+  int64_t* first;  // of each sequence's splits
+  float* room;     // [heads, q_len, lanes + width] for each split
 
   SIMVLM_INLINE int64_t width() const { return round_up(a->shape.head_dim, lanes); }
   SIMVLM_INLINE int64_t size() const { return lanes + width(); }
-  SIMVLM_INLINE Found at(int64_t b, int64_t split, int64_t n, int64_t i) const {
-    float* found = room + (((b * splits + split) * a->shape.heads + n) * queries + i) * size();
+  SIMVLM_INLINE Found at(int64_t split, int64_t n, int64_t i) const {
+    const Split& s = splits[split];
+    float* found = room + s.room + (n * a->shape.bounds.q_lens[s.b] + i) * size();
     return {found, found + 1, found + lanes};
   }
 };
@@ -57,16 +65,16 @@ SIMVLM_INLINE vfloat bias_of(const AttentionForward& a, const Sequence& s, int64
   return bias;
 }
 
-// One split of one sequence's keys, for heads n_begin … n_end.
+// One split, for heads n_begin … n_end.
 template <class Float>
-bool few_task(const Few& few, int64_t b, int64_t split, int64_t n_begin, int64_t n_end) {
+bool few_task(const Few& few, int64_t split, int64_t n_begin, int64_t n_end) {
   const AttentionForward& a = *few.a;
   const AttentionShape& shape = a.shape;
   const int64_t width = shape.head_dim, padded = few.width(), heads = n_end - n_begin;
-  Sequence s = sequence_of(shape, b, n_begin);
-  const int64_t first = split * split_keys, queries = s.q_len;
+  Sequence s = sequence_of(shape, few.splits[split].b, n_begin);
+  const int64_t first = few.splits[split].number * split_keys, queries = s.q_len;
   const int64_t keys = least(split_keys, s.limit(queries - 1) - first);
-  if (queries < 1 || queries > few_queries || keys < 1) return true;
+  if (keys < 1) return true;
   const Scale scale = scale_of(shape.scale);
 
   // q [heads, queries, padded]; products [heads, queries, lanes, lanes]; scores [heads, queries, split_keys]
@@ -118,7 +126,7 @@ bool few_task(const Few& few, int64_t b, int64_t split, int64_t n_begin, int64_t
         total += p;
         store(row + j, p);
       }
-      const Found found = few.at(b, split, n_begin + n, i);
+      const Found found = few.at(split, n_begin + n, i);
       *found.top = top;
       *found.total = reduce_add(total);
       clear(found.sum, padded);
@@ -132,7 +140,7 @@ bool few_task(const Few& few, int64_t b, int64_t split, int64_t n_begin, int64_t
       for (int64_t i = 0; i < queries; ++i) {
         const float p = scores[(n * queries + i) * split_keys + j];
         if (p == 0.0f) continue;  // a key that this query does not see
-        float* sum = few.at(b, split, n_begin + n, i).sum;
+        float* sum = few.at(split, n_begin + n, i).sum;
         over_vectors<Float>(width,
                             [&](int64_t h, auto part) { store(sum + h, load(sum + h) + part.widen(v + h) * p); });
       }
@@ -157,11 +165,11 @@ void join_splits(const Few& few, int64_t b) {
       float top = lowest_score, total = 0.0f;
       alignas(64) float sum[128] = {};
       for (int64_t split = 0; split < splits; ++split) {
-        const float here = *few.at(b, split, n, i).top;
+        const float here = *few.at(few.first[b] + split, n, i).top;
         top = here > top ? here : top;
       }
       for (int64_t split = 0; split < splits; ++split) {
-        const Found found = few.at(b, split, n, i);
+        const Found found = few.at(few.first[b] + split, n, i);
         const float weight = exp2_nonpositive(splat((*found.top - top) * scale.log2))[0];
         total += *found.total * weight;
         for (int64_t h = 0; h < few.width(); h += lanes) store(sum + h, load(sum + h) + load(found.sum + h) * weight);
@@ -176,29 +184,54 @@ void join_splits(const Few& few, int64_t b) {
   }
 }
 
+// The splits of the sequences of few queries, and room for what they will find; null room: no memory.
+Few plan(const AttentionForward& a) {
+  const AttentionShape& shape = a.shape;
+  Few few{&a, 0, nullptr, nullptr, nullptr};
+  const auto splits_of = [&](int64_t b) -> int64_t {
+    const int64_t queries = shape.bounds.q_lens[b];
+    return queries < 1 || queries > few_queries ? 0 : (shape.bounds.k_lens[b] + split_keys - 1) / split_keys;
+  };
+  int64_t room = 0;
+  for (int64_t b = 0; b < shape.batch; ++b) {
+    few.count += splits_of(b);
+    room += splits_of(b) * shape.heads * shape.bounds.q_lens[b] * few.size();
+  }
+  static_assert(sizeof(Split) % sizeof(float) == 0);
+  const int64_t lists = round_up(few.count * static_cast<int64_t>(sizeof(Split) / 4) + shape.batch * 2, lanes);
+  float* memory = shared_scratch(lists + room);
+  if (memory == nullptr) return few;
+  few.splits = reinterpret_cast<Split*>(memory);
+  few.first = reinterpret_cast<int64_t*>(few.splits + few.count);
+  few.room = memory + lists;
+  int64_t next = 0, at = 0;
+  for (int64_t b = 0; b < shape.batch; ++b) {
+    few.first[b] = next;
+    for (int64_t number = 0; number < splits_of(b); ++number) {
+      few.splits[next++] = {static_cast<int32_t>(b), static_cast<int32_t>(number), at};
+      at += shape.heads * shape.bounds.q_lens[b] * few.size();
+    }
+  }
+  return few;
+}
+
 template <class Float>
 bool few_of(const AttentionForward& a) {
   const AttentionShape& shape = a.shape;
-  Few few{&a, most(1, (longest_key(shape) + split_keys - 1) / split_keys), 0, nullptr};
-  for (int64_t b = 0; b < shape.batch; ++b) {
-    const int64_t queries = shape.bounds.q_lens[b];
-    if (queries <= few_queries) few.queries = most(few.queries, queries);
-  }
-  few.room = shared_scratch(shape.batch * few.splits * shape.heads * few.queries * few.size());
+  const Few few = plan(a);
   if (few.room == nullptr) return false;
   const int64_t threads = threads_for(shape);
   int64_t groups = 1;  // of heads: whole rows of storage if that leaves every thread a few tasks
-  while (groups < shape.heads && shape.batch * few.splits * groups < 4 * threads) groups *= 2;
+  while (groups < shape.heads && few.count * groups < 4 * threads) groups *= 2;
   const int64_t together = (shape.heads + groups - 1) / groups;
-  const bool done = run_tasks(threads, shape.batch * few.splits * groups, [&](int64_t index) {
-    const int64_t begin = index % groups * together, split = index / groups % few.splits;
-    return few_task<Float>(few, index / groups / few.splits, split, begin, least(begin + together, shape.heads));
+  const bool done = run_tasks(threads, few.count * groups, [&](int64_t index) {
+    const int64_t begin = index % groups * together;
+    return few_task<Float>(few, index / groups, begin, least(begin + together, shape.heads));
   });
-  if (!done) return false;
-  return run_tasks(threads, shape.batch, [&](int64_t b) {
-    join_splits<Float>(few, b);
-    return true;
-  });
+  return done && run_tasks(threads, shape.batch, [&](int64_t b) {
+           join_splits<Float>(few, b);
+           return true;
+         });
 }
 
 }  // namespace
