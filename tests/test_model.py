@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from model_cases import ARCHS, ONE_STACK, TINY, alone, packed, tiny_model
 
-from simvlm.model import VARIANTS, Batch, SimVLM, SimVLMConfig, parameter_counts, variant
+from simvlm.model import VARIANTS, Batch, SimVLM, SimVLMConfig, parameter_counts, resnet, variant
 from simvlm.model.noise import image_branch_scale, row_noise
 
 SEQUENCES = [(True, 3, 4), (False, 5, 2), (True, 0, 6), (False, 1, 1), (True, 2, 3)]
@@ -90,6 +90,20 @@ def test_patches_without_convolutions_are_pixels_row_major():
     features = SimVLM(config).conv(torch.from_numpy(images))
     expected = torch.from_numpy(images[0, 8:, :8]).float().flatten()
     torch.testing.assert_close(features[0, 1, 0], (expected / 255 - 0.5) / 0.5)
+
+
+def test_inference_folds_the_norms_into_the_convolutions(monkeypatch):
+    conv = tiny_model(TINY).conv.eval()
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8))
+    unfolded = conv(images)
+    assert unfolded.requires_grad
+    monkeypatch.setattr(resnet, "batch_norm_act", None)  # not to be called
+    with torch.no_grad():
+        folded = conv(images)
+    torch.testing.assert_close(folded, unfolded.detach())
+    conv.train()
+    with torch.no_grad(), pytest.raises(TypeError):  # the batch's own statistics cannot be folded
+        conv(images)
 
 
 @pytest.fixture(params=ARCHS)

@@ -20,6 +20,7 @@ from simvlm.model.config import SimVLMConfig
 from simvlm.model.transformer import INIT_STD
 
 MOMENTUM = 0.1
+EPS = 1e-5
 
 
 class Conv(nn.Module):
@@ -34,7 +35,26 @@ class Conv(nn.Module):
         nn.init.normal_(self.weight, std=INIT_STD)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.conv2d(x.permute(0, 3, 1, 2), self.weight, None, self.stride, self.kernel // 2)
+        return self._convolve(x, self.weight, None)
+
+    def with_norm(
+        self, x: Tensor, norm: BatchNorm, residual: Tensor | None = None, branch_scale: Tensor | None = None
+    ) -> Tensor:
+        """norm(self(x), residual, branch_scale); at inference the norm's constants are folded into the convolution's.
+
+        That saves a pass over the feature map. The folding itself is one pass over the weights.
+        """
+        if norm.live or torch.is_grad_enabled() or branch_scale is not None:
+            return norm(self(x), residual, branch_scale)
+        factor = norm.weight * torch.rsqrt(norm.running_var + EPS)
+        shift = norm.bias - norm.running_mean * factor
+        y = self._convolve(x, self.weight * factor[:, None, None, None], shift.to(x.dtype))
+        if residual is not None:
+            y += residual
+        return y.relu_() if norm.act == "relu" else y
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, self.stride, self.kernel // 2)
         return y.permute(0, 2, 3, 1).contiguous()
 
 
@@ -66,8 +86,13 @@ class BatchNorm(nn.Module):
         for tensor, value in constants:
             nn.init.constant_(tensor, value)
 
+    @property
+    def live(self) -> bool:
+        """Normalizes with the batch's own statistics."""
+        return self.training and not self.frozen
+
     def forward(self, x: Tensor, residual: Tensor | None = None, branch_scale: Tensor | None = None) -> Tensor:
-        live = self.training and not self.frozen
+        live = self.live
         y, mean, var = batch_norm_act(
             x,
             self.weight,
@@ -76,6 +101,7 @@ class BatchNorm(nn.Module):
             var=None if live else self.running_var,
             residual=residual,
             branch_scale=branch_scale,
+            eps=EPS,
             act=self.act,
             impl=self.impl,
         )
@@ -105,10 +131,10 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor, branch_scale: Tensor | None) -> Tensor:
         residual = x
         if self.shortcut is not None and self.shortcut_norm is not None:
-            residual = self.shortcut_norm(self.shortcut(x))
-        y = self.norm1(self.conv1(x))
-        y = self.norm2(self.conv2(y))
-        return self.norm3(self.conv3(y), residual, branch_scale)
+            residual = self.shortcut.with_norm(x, self.shortcut_norm)
+        y = self.conv1.with_norm(x, self.norm1)
+        y = self.conv2.with_norm(y, self.norm2)
+        return self.conv3.with_norm(y, self.norm3, residual, branch_scale)
 
 
 class ConvStage(nn.Module):
@@ -158,7 +184,7 @@ class ConvStage(nn.Module):
         """Features of the images; `branch_scales`: one float[Bi] per block, stochastic depth."""
         x = (images.to(self.mean.dtype) - self.mean) / self.std
         if self.stem is not None and self.stem_norm is not None:
-            x = self.stem_norm(self.stem(x))
+            x = self.stem.with_norm(x, self.stem_norm)
             if self.config.conv_stem == "resnet":
                 x = F.max_pool2d(x.permute(0, 3, 1, 2), 3, 2, 1).permute(0, 2, 3, 1).contiguous()
         scales: Iterator[Tensor | None] = iter(branch_scales) if branch_scales else itertools.repeat(None)
