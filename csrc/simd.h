@@ -32,6 +32,9 @@ constexpr int registers = 32;
 #elif defined(__AVX2__)
 constexpr int64_t lanes = 8;
 constexpr int registers = 16;
+#elif defined(__aarch64__)
+constexpr int64_t lanes = 4;
+constexpr int registers = 32;
 #else
 constexpr int64_t lanes = 4;
 constexpr int registers = 16;
