@@ -237,11 +237,41 @@ struct Float16 {
 #endif
 };
 
-// The first `count` < lanes elements of a vector, zeros after them: nothing beyond them is touched.
+// The first `count` < lanes elements of a vector, zeros after them: nothing beyond them is touched. A copy whose length
+// only the run knows costs more than what is done with the vector, so masks do it where there are any.
+template <class Storage>
+SIMVLM_INLINE void load_part(Storage (&part)[lanes], const Storage* from, int64_t count) {
+#if defined(__AVX512F__)
+  const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1);
+  if constexpr (sizeof(Storage) == 4) {
+    _mm512_storeu_si512(part, _mm512_maskz_loadu_epi32(mask, from));
+  } else {
+    _mm256_storeu_si256(reinterpret_cast<__m256i_u*>(part), _mm256_maskz_loadu_epi16(mask, from));
+  }
+#else
+  for (Storage& element : part) element = 0;
+  __builtin_memcpy(part, from, sizeof(Storage) * static_cast<size_t>(count));
+#endif
+}
+
+template <class Storage>
+SIMVLM_INLINE void store_part(Storage* to, const Storage (&part)[lanes], int64_t count) {
+#if defined(__AVX512F__)
+  const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1);
+  if constexpr (sizeof(Storage) == 4) {
+    _mm512_mask_storeu_epi32(to, mask, load_as<__m512i>(part));
+  } else {
+    _mm256_mask_storeu_epi16(to, mask, load_as<__m256i>(part));
+  }
+#else
+  __builtin_memcpy(to, part, sizeof(Storage) * static_cast<size_t>(count));
+#endif
+}
+
 template <class Float>
 SIMVLM_INLINE vfloat widen_part(const typename Float::Storage* from, int64_t count) {
-  typename Float::Storage part[lanes] = {};
-  __builtin_memcpy(part, from, sizeof(part[0]) * static_cast<size_t>(count));
+  typename Float::Storage part[lanes];
+  load_part(part, from, count);
   return Float::widen(part);
 }
 
@@ -249,7 +279,7 @@ template <class Float>
 SIMVLM_INLINE void narrow_part(typename Float::Storage* to, vfloat v, int64_t count) {
   typename Float::Storage part[lanes];
   Float::narrow(part, v);
-  __builtin_memcpy(to, part, sizeof(part[0]) * static_cast<size_t>(count));
+  store_part(to, part, count);
 }
 
 template <class Float>
