@@ -22,9 +22,6 @@ constexpr int group_pixels = 8;
 constexpr int64_t merged_channels = 64;
 constexpr float infinity = std::numeric_limits<float>::infinity();
 
-// Waking a second thread costs as much as this many elements.
-constexpr int64_t worth_a_thread = 1 << 16;
-
 // ---- pixels, channels, tasks ----------------------------------------------------------------------------------------
 
 int64_t pixels_of(const NormShape& shape) { return shape.batch * shape.height * shape.width; }
@@ -34,9 +31,7 @@ int64_t chunk_of(const NormShape& shape) {
   return most(64, least(512, 16384 / shape.channels / group_pixels * group_pixels));
 }
 
-int threads_for(const NormShape& shape) {
-  return static_cast<int>(least(shape.threads, 1 + pixels_of(shape) * shape.channels / worth_a_thread));
-}
+int threads_for(const NormShape& shape) { return threads_for(shape.threads, pixels_of(shape) * shape.channels); }
 
 // Goes through an image's pixels in order.
 class Walk {
@@ -357,10 +352,9 @@ Task backward_task(const NormBackwardApply& a) {
 
 template <class Problem>
 void run_merge(const Run<Problem>& run, Task merge) {
-  const NormShape& shape = run.problem.shape;
-  const int threads = run.chunks * shape.channels < worth_a_thread ? 1 : threads_for(shape);
-  parallel_for((shape.channels + merged_channels - 1) / merged_channels, threads, merge,
-               const_cast<Run<Problem>*>(&run));
+  const int64_t channels = run.problem.shape.channels;
+  const int threads = threads_for(run.problem.shape.threads, run.chunks * channels);
+  parallel_for((channels + merged_channels - 1) / merged_channels, threads, merge, const_cast<Run<Problem>*>(&run));
 }
 
 }  // namespace

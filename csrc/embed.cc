@@ -16,12 +16,7 @@ namespace {
 
 constexpr int64_t bias_channels = 64;
 
-// Waking a second thread costs as much as this many elements.
-constexpr int64_t worth_a_thread = 1 << 16;
-
-int threads_for(const EmbedShape& shape, int64_t rows) {
-  return static_cast<int>(least(shape.threads, 1 + rows * shape.width / worth_a_thread));
-}
+int threads_for(const EmbedShape& shape, int64_t rows) { return threads_for(shape.threads, rows * shape.width); }
 
 // Rows of a task: a function of the shape alone.
 int64_t chunk_of(const EmbedShape& shape) { return most(1, 16384 / most(1, shape.width)); }

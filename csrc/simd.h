@@ -303,6 +303,11 @@ SIMVLM_INLINE void over_vectors(int64_t count, Step step) {
   if (at < count) step(at, Part<Float>{count - at});
 }
 
+// Threads for a pass over so many elements: waking another one costs as much as 65536 of them.
+SIMVLM_INLINE int threads_for(int threads, int64_t elements) {
+  return static_cast<int>(least(threads, 1 + elements / 65536));
+}
+
 // A function for parallel_for, made for one dtype: choose(Float{}) returns it.
 typedef void (*Task)(void* context, int64_t index);
 
