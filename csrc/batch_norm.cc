@@ -67,19 +67,6 @@ class Walk {
   int64_t b_, h_, w_, at_;
 };
 
-template <int Pixels>
-struct Group {
-  static constexpr int pixels = Pixels;
-};
-
-// step(first pixel, Group) for every group of [first, last), the rest of them of one pixel.
-template <class Step>
-SIMVLM_INLINE void over_groups(int64_t first, int64_t last, Step step) {
-  int64_t pixel = first;
-  for (; pixel + group_pixels <= last; pixel += group_pixels) step(pixel, Group<group_pixels>{});
-  for (; pixel < last; ++pixel) step(pixel, Group<1>{});
-}
-
 // What every pixel needs of its channel, in whole vectors with zeros after the last channel:
 // z = ((x - mean)·gain + bias)·branch scale and dx = gain·(dz - mean_dz - (x - mean)·slope).
 struct Channels {
@@ -129,15 +116,37 @@ struct Run {
   int64_t first(int64_t index) const { return index * chunk; }
   int64_t last(int64_t index) const { return least(pixels, (index + 1) * chunk); }
   float* part(int64_t index) const { return parts + index * 2 * width; }
-  float scale(const Walk& walk) const {
-    const float* scales = problem.given.branch_scale;
-    return scales == nullptr ? 1.0f : scales[walk.image()];
-  }
 };
 
 template <class Problem>
 SIMVLM_INLINE const Run<Problem>& run_of(void* context) {
   return *static_cast<const Run<Problem>*>(context);
+}
+
+// Neighbouring pixels, the first of them `pixel`: where each one's channels begin in x, and its branch scale.
+template <int Pixels>
+struct Group {
+  static constexpr int pixels = Pixels;
+  int64_t pixel;
+  int64_t at[Pixels];
+  float scale[Pixels];
+
+  SIMVLM_INLINE Group(int64_t first, Walk& walk, const float* scales) : pixel(first) {
+    for (int i = 0; i < Pixels; ++i) {
+      scale[i] = scales == nullptr ? 1.0f : scales[walk.image()];
+      at[i] = walk.next();
+    }
+  }
+};
+
+// step(Group) for all pixels of a chunk, in order; what is left of it goes pixel by pixel. `scales`: branch scales.
+template <class Problem, class Step>
+SIMVLM_INLINE void over_groups(const Run<Problem>& run, int64_t index, const float* scales, Step step) {
+  const int64_t last = run.last(index);
+  int64_t pixel = run.first(index);
+  Walk walk(run.problem.shape, run.problem.x, pixel);
+  for (; pixel + group_pixels <= last; pixel += group_pixels) step(Group<group_pixels>(pixel, walk, scales));
+  for (; pixel < last; ++pixel) step(Group<1>(pixel, walk, scales));
 }
 
 template <class Problem>
@@ -150,21 +159,17 @@ void clear_part(const Run<Problem>& run, int64_t index) {
 template <class Float>
 void statistics_chunk(void* context, int64_t index) {
   const auto& run = run_of<NormStatistics>(context);
-  const NormShape& shape = run.problem.shape;
   const auto* x = static_cast<const typename Float::Storage*>(run.problem.x.data);
   float* means = run.part(index);
   float* spreads = means + run.width;
   clear_part(run, index);
-  Walk walk(shape, run.problem.x, run.first(index));
-  over_groups(run.first(index), run.last(index), [&](int64_t pixel, auto group) {
+  over_groups(run, index, nullptr, [&](auto group) {
     constexpr int pixels = decltype(group)::pixels;
-    int64_t at[pixels];
-    for (int i = 0; i < pixels; ++i) at[i] = walk.next();
-    const float before = static_cast<float>(pixel - run.first(index));
+    const float before = static_cast<float>(group.pixel - run.first(index));
     const float share = pixels / (before + pixels), between = before * share;
-    over_vectors<Float>(shape.channels, [&](int64_t c, auto part) {
+    over_vectors<Float>(run.problem.shape.channels, [&](int64_t c, auto part) {
       vfloat row[pixels], mean = {}, spread = {};
-      for (int i = 0; i < pixels; ++i) row[i] = part.widen(x + at[i] + c);
+      for (int i = 0; i < pixels; ++i) row[i] = part.widen(x + group.at[i] + c);
       for (int i = 0; i < pixels; ++i) mean += row[i];
       mean *= 1.0f / pixels;
       for (int i = 0; i < pixels; ++i) spread += (row[i] - mean) * (row[i] - mean);
@@ -211,23 +216,20 @@ void apply_chunk(void* context, int64_t index) {
   const auto* residual = static_cast<const Storage*>(a.residual.data);
   auto* y = static_cast<Storage*>(a.y);
   const vfloat lowest = splat(a.given.relu ? 0.0f : -infinity);
-  Walk walk(a.shape, a.x, run.first(index)), residual_walk(a.shape, a.residual, run.first(index));
-  over_groups(run.first(index), run.last(index), [&](int64_t pixel, auto group) {
+  Walk residual_walk(a.shape, a.residual, run.first(index));
+  over_groups(run, index, a.given.branch_scale, [&](auto group) {
     constexpr int pixels = decltype(group)::pixels;
-    int64_t at[pixels], residual_at[pixels];
-    float scale[pixels];
-    for (int i = 0; i < pixels; ++i) {
-      scale[i] = run.scale(walk);
-      at[i] = walk.next();
-      if constexpr (Residual) residual_at[i] = residual_walk.next();
+    int64_t residual_at[pixels];
+    if constexpr (Residual) {
+      for (int i = 0; i < pixels; ++i) residual_at[i] = residual_walk.next();
     }
     over_vectors<Float>(channels, [&](int64_t c, auto part) {
       const vfloat mean = load(run.channels.mean + c), gain = load(run.channels.gain + c);
       const vfloat bias = load(run.channels.bias + c);
       for (int i = 0; i < pixels; ++i) {
-        vfloat z = ((part.widen(x + at[i] + c) - mean) * gain + bias) * scale[i];
+        vfloat z = ((part.widen(x + group.at[i] + c) - mean) * gain + bias) * group.scale[i];
         if constexpr (Residual) z += part.widen(residual + residual_at[i] + c);
-        part.narrow(y + (pixel + i) * channels + c, max(lowest, z));  // in this order NaN stays NaN
+        part.narrow(y + (group.pixel + i) * channels + c, max(lowest, z));  // in this order NaN stays NaN
       }
     });
   });
@@ -251,29 +253,21 @@ void reductions_chunk(void* context, int64_t index) {
   float* sums_dz = run.part(index);
   float* sums_dz_x = sums_dz + run.width;
   clear_part(run, index);
-  Walk walk(a.shape, a.x, run.first(index));
-  over_groups(run.first(index), run.last(index), [&](int64_t pixel, auto group) {
-    constexpr int pixels = decltype(group)::pixels;
-    int64_t at[pixels];
-    float scale[pixels];
-    for (int i = 0; i < pixels; ++i) {
-      scale[i] = run.scale(walk);
-      at[i] = walk.next();
-    }
+  over_groups(run, index, a.given.branch_scale, [&](auto group) {
     over_vectors<Float>(channels, [&](int64_t c, auto part) {
       const vfloat mean = load(run.channels.mean + c), gain = load(run.channels.gain + c);
       const vfloat bias = load(run.channels.bias + c);
       vfloat sum_dz = {}, sum_dz_x = {};
-      for (int i = 0; i < pixels; ++i) {
-        const int64_t here = (pixel + i) * channels + c;
-        const vfloat centred = part.widen(x + at[i] + c) - mean;
+      for (int i = 0; i < group.pixels; ++i) {
+        const int64_t here = (group.pixel + i) * channels + c;
+        const vfloat centred = part.widen(x + group.at[i] + c) - mean;
         vfloat dz = part.widen(dy + here);
-        if constexpr (From == Mask::x) dz = (centred * gain + bias) * scale[i] > 0.0f ? dz : vfloat{};
+        if constexpr (From == Mask::x) dz = (centred * gain + bias) * group.scale[i] > 0.0f ? dz : vfloat{};
         if constexpr (From == Mask::y) {
           dz = part.widen(y + here) > 0.0f ? dz : vfloat{};
           part.narrow(dresidual + here, dz);
         }
-        dz *= scale[i];
+        dz *= group.scale[i];
         sum_dz += dz;
         sum_dz_x += dz * centred;
       }
@@ -309,25 +303,17 @@ void backward_chunk(void* context, int64_t index) {
   const auto* x = static_cast<const Storage*>(a.x.data);
   const auto* dy = static_cast<const Storage*>(a.dy);
   auto* dx = static_cast<Storage*>(a.dx);
-  Walk walk(a.shape, a.x, run.first(index));
-  over_groups(run.first(index), run.last(index), [&](int64_t pixel, auto group) {
-    constexpr int pixels = decltype(group)::pixels;
-    int64_t at[pixels];
-    float scale[pixels];
-    for (int i = 0; i < pixels; ++i) {
-      scale[i] = run.scale(walk);
-      at[i] = walk.next();
-    }
+  over_groups(run, index, a.given.branch_scale, [&](auto group) {
     over_vectors<Float>(channels, [&](int64_t c, auto part) {
       const vfloat mean = load(run.channels.mean + c), gain = load(run.channels.gain + c);
       const vfloat bias = load(run.channels.bias + c), mean_dz = load(run.channels.mean_dz + c);
       const vfloat slope = load(run.channels.slope + c);
-      for (int i = 0; i < pixels; ++i) {
-        const int64_t here = (pixel + i) * channels + c;
+      for (int i = 0; i < group.pixels; ++i) {
+        const int64_t here = (group.pixel + i) * channels + c;
         vfloat dz = part.widen(dy + here), centred = {};
-        if constexpr (Relu || !Constant) centred = part.widen(x + at[i] + c) - mean;
-        if constexpr (Relu) dz = (centred * gain + bias) * scale[i] > 0.0f ? dz : vfloat{};
-        dz *= scale[i];
+        if constexpr (Relu || !Constant) centred = part.widen(x + group.at[i] + c) - mean;
+        if constexpr (Relu) dz = (centred * gain + bias) * group.scale[i] > 0.0f ? dz : vfloat{};
+        dz *= group.scale[i];
         if constexpr (!Constant) dz = dz - mean_dz - centred * slope;
         part.narrow(dx + here, dz * gain);
       }
