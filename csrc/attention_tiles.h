@@ -80,7 +80,7 @@ SIMVLM_INLINE Scale scale_of(float scale) {
 // Products run over 32-bit words: one float, or two bfloat16 that are neighbours along the summed axis.
 struct Floats {
   static constexpr int64_t pack = 1;
-  static SIMVLM_INLINE vfloat spread(const float* word) { return splat(*word); }
+  static SIMVLM_INLINE vfloat spread(const float* word) { return splat(load_as<float>(word)); }  // at any address
   static SIMVLM_INLINE vfloat multiply_add(vfloat sum, vfloat a, vfloat b) { return sum + a * b; }
 };
 
@@ -245,7 +245,10 @@ struct Rows {
 template <class Words, class Float>
 Rows rows_of_words(const Tensor& t, const Sequence& s, int64_t first, int64_t count, int64_t whole, int64_t left,
                    int64_t width, bool in_place, float* room) {
-  if (in_place && whole <= left && sizeof(typename Float::Storage) * Words::pack == sizeof(float)) {
+  // Pairs: an odd stride is no number of words, and pair_rows reads whole vectors, which may end beyond the storage.
+  const bool are_words = sizeof(typename Float::Storage) * Words::pack == sizeof(float) &&
+                         (Words::pack == 1 || (t.row % Words::pack == 0 && width % lanes == 0));
+  if (in_place && whole <= left && are_words) {
     return {reinterpret_cast<const float*>(row_at<Float>(t, s, first)),
             t.row * static_cast<int64_t>(sizeof(typename Float::Storage)) / 4};
   }

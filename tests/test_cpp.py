@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import concurrent.futures
+import ctypes
 import math
+import mmap
 import os
 import re
 import runpy
@@ -12,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 from attend import attend
@@ -254,6 +257,62 @@ def test_addresses_may_be_odd(dtype):
     want = batch_norm_act(images, *vectors[:2], branch_scale=vectors[2, :3])
     got = batch_norm_act(*map(_at_an_odd_address, (images, *vectors[:2])), branch_scale=vectors[2, :3])
     assert all(map(np.array_equal, got, want))
+
+
+HEAD_DIMS_AND_DTYPES = pytest.mark.parametrize(
+    ("head_dim", "dtype"), [(h, dtype) for h in (8, 24, 64, 72) for dtype in ("float32", "bfloat16", "float16")]
+)
+
+
+def _at_every_level(level, check):
+    for name, runs in _cpp.levels():
+        if runs:
+            level(name)
+            check()
+
+
+@HEAD_DIMS_AND_DTYPES
+def test_rows_may_lie_an_odd_number_of_elements_apart(level, head_dim, dtype):
+    x = np.random.default_rng(0).standard_normal((3, 48, 2 * head_dim)).astype(ml_dtypes.bfloat16).astype(dtype)
+    room = np.zeros((3, 48, 2 * head_dim + 1), dtype)
+    room[..., :-1] = x
+    layout = PrefixLayout.packed([24, 24], prefix_lens=[5, 24])
+    tensors, odd = ([rows.reshape(48, 2, head_dim) for rows in x], [_heads(rows[:, :-1]) for rows in room])
+
+    def check():
+        assert prefix_attention(*odd, layout).tobytes() == prefix_attention(*tensors, layout).tobytes()
+
+    _at_every_level(level, check)
+
+
+def _heads(rows: np.ndarray) -> np.ndarray:
+    """[R, 2·H] as [R, 2, H], a view."""
+    head_dim = rows.shape[1] // 2
+    strides = (rows.strides[0], head_dim * rows.itemsize, rows.itemsize)
+    return np.lib.stride_tricks.as_strided(rows, (len(rows), 2, head_dim), strides)
+
+
+@HEAD_DIMS_AND_DTYPES
+def test_the_storage_may_end_with_the_last_row(level, head_dim, dtype):
+    """Behind it lies a page that nobody may read: a vector that begins in the row and ends beyond it is a crash."""
+    x = np.random.default_rng(0).standard_normal((3, 48, 2, head_dim)).astype(ml_dtypes.bfloat16).astype(dtype)
+    layout = PrefixLayout.packed([24, 24], prefix_lens=[5, 24])
+    at_the_end = [_before_a_forbidden_page(tensor) for tensor in x]
+
+    def check():
+        assert prefix_attention(*at_the_end, layout).tobytes() == prefix_attention(*x, layout).tobytes()
+
+    _at_every_level(level, check)
+
+
+def _before_a_forbidden_page(array: np.ndarray) -> np.ndarray:
+    pages = -(-array.nbytes // mmap.PAGESIZE)
+    room = np.frombuffer(mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE), np.uint8)
+    end = pages * mmap.PAGESIZE
+    none = 0
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(room.ctypes.data + end), mmap.PAGESIZE, none) == 0
+    room[end - array.nbytes : end] = np.frombuffer(array.tobytes(), np.uint8)
+    return room[end - array.nbytes : end].view(array.dtype).reshape(array.shape)
 
 
 def test_negative_strides():
