@@ -18,10 +18,10 @@ STAMP := $(VENV)/.simvlm-setup
 # What the environment and the compiled module are made from: a change of its hash makes both anew.
 INPUTS := csrc CMakeLists.txt setup.py pyproject.toml requirements
 
-.PHONY: help setup check format test test-full bench demo quick clean
+.PHONY: help setup check format test test-full test-sanitize bench demo quick clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 setup: ## .venv/ with the pinned packages and the C++ kernels; safe to repeat, quick when nothing changed
 	@now=$$(find $(INPUTS) -type f | LC_ALL=C sort | xargs sha256sum | sha256sum | cut -c1-16); \
@@ -58,6 +58,9 @@ test: setup ## the core tier of every test; ends with a table of what ran on whi
 
 test-full: setup ## every test, the long tier included
 	@$(RUN) -m pytest $(WORKERS)
+
+test-sanitize: setup ## the C++ kernels under the address, undefined-behaviour and thread sanitizers
+	@$(RUN) tests/sanitize.py
 
 bench: setup ## time the kernels against their peers (OP=prefix_attention for one op)
 	@$(RUN) -m benchmarks $(if $(OP),--op $(OP))

@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <limits>
 #include <mutex>
 #include <new>
 #include <string>
@@ -186,12 +187,19 @@ struct Scratch {
 
   float* at_least(int64_t wanted) {
     if (wanted < 1) wanted = 1;  // null means that there is no memory
+#ifdef SIMVLM_SANITIZE
+    floats = 0;  // a block of its own for every call, of just the size asked for: overruns and old pointers are seen
+#endif
     if (floats < wanted) {
       std::free(data);
-      const size_t bytes = (static_cast<size_t>(wanted) * sizeof(float) + 63) / 64 * 64;
-      data = static_cast<float*>(std::aligned_alloc(64, bytes));
-      floats = data == nullptr ? 0 : wanted;
+      void* block = nullptr;
+      const bool failed = posix_memalign(&block, 64, static_cast<size_t>(wanted) * sizeof(float)) != 0;
+      data = failed ? nullptr : static_cast<float*>(block);
+      floats = failed ? 0 : wanted;
     }
+#ifdef SIMVLM_SANITIZE
+    for (int64_t i = 0; i < floats; ++i) data[i] = std::numeric_limits<float>::quiet_NaN();
+#endif
     return data;
   }
 };

@@ -14,6 +14,12 @@
 
 namespace py = pybind11;
 
+#ifdef SIMVLM_SANITIZE
+namespace simvlm {
+float make_mistake(const std::string& name);  // mistakes.cc
+}
+#endif
+
 namespace {
 
 using simvlm::AttentionShape;
@@ -303,6 +309,9 @@ PYBIND11_MODULE(_cpp, m) {
   m.def("batch_norm_backward_apply", &batch_norm_backward_apply);
   m.def("embed_forward", &embed_forward);
   m.def("embed_backward", &embed_backward);
+#ifdef SIMVLM_SANITIZE
+  m.def("make_mistake", &simvlm::make_mistake);
+#endif
   m.def("levels", &levels, "(name, runs here) of every compiled CPU level, the plainest first.");
   m.def("level", [] { return std::string(simvlm::kernels().level); }, "The CPU level in use.");
   m.def("select_level", &select_level, "Uses the named CPU level from now on; None: the newest that runs here.");

@@ -13,6 +13,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from sanitized import use_the_sanitized_module
+
+use_the_sanitized_module()
 
 # torch.empty and new_empty come filled with NaN, so an output row that a kernel forgets is seen.
 torch.use_deterministic_algorithms(True)
