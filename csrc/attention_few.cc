@@ -5,8 +5,8 @@
 // order, so one query keeps every thread busy and the result depends neither on the threads nor on the batch.
 #include <cmath>
 
+#include "attention_rows.h"
 #include "attention_tasks.h"
-#include "attention_tiles.h"
 
 namespace simvlm::SIMVLM_LEVEL {
 namespace {
