@@ -1,5 +1,5 @@
-// What both passes of prefix attention over tiles are made of, for one CPU level: products, the windows of the table, and
-// scores.
+// What both passes of prefix attention over tiles are made of, for one CPU level: products, the windows of the table,
+// and scores.
 //
 // A tile holds queries along the lanes and keys along the rows. K and V then enter the products as they lie in memory,
 // one element spread over the lanes at a time; softmax runs down the rows without a sum across lanes; and the bias of
