@@ -65,6 +65,11 @@ def _expected(
     return inputs, truth, yardstick, spec.floors(case, inputs, dtype)
 
 
+def forget() -> None:
+    """Frees the inputs, truths and yardsticks that `violations` keeps of the cases it was asked about."""
+    _expected.cache_clear()
+
+
 PARAMETERS = ("rel_bias", "dlse", "weight", "bias", "image_positions", "mean", "var", "branch_scale")
 """Inputs that stay float32 whatever the dtype under test: parameters and cotangents of float32 outputs."""
 
