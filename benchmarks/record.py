@@ -34,7 +34,12 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Subject:
-    """What one contest is about. `flops` and `bytes_moved` are the op's, whatever a contestant really does."""
+    """What one contest is about.
+
+    Attributes:
+        flops, bytes_moved: the op's, whatever a contestant really does; None where nobody counts the bytes.
+        checked: a sentence on what says that ours is right, where no error budget does before the timing.
+    """
 
     op: str
     case: str
@@ -42,9 +47,10 @@ class Subject:
     dtype: str
     direction: str
     flops: int
-    bytes_moved: int
+    bytes_moved: int | None
     flops_formula: str
-    bytes_formula: str
+    bytes_formula: str | None
+    checked: str | None = None
 
 
 def first_line(documented: Callable[..., Any]) -> str:
@@ -89,7 +95,8 @@ def record(
             if not ours:
                 row |= {"ratio": None, "ratio_per_round": None}
             row["gflops"] = 1e-6 * subject.flops / timing.median_ms
-            row["gbytes_per_s"] = 1e-6 * subject.bytes_moved / timing.median_ms
+            moved = subject.bytes_moved
+            row["gbytes_per_s"] = None if moved is None else 1e-6 * moved / timing.median_ms
             row["peak_extra_mib"] = machine.peak_extra_mib(contestant.call, settings.device)
             row["error"] = contestant.error(contestant.call()) if contestant.error else None
         rows.append(row)

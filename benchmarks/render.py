@@ -24,6 +24,7 @@ Report = dict[str, Any]
 Row = dict[str, Any]
 
 NOTHING = "—"
+BUDGET = "Before anything is timed it must meet its error budget on the case itself, outputs and gradients."
 
 
 def write(report: Report, folder: Path, op: str, console: Console | None = None) -> None:
@@ -59,13 +60,18 @@ COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("p20–p80", lambda row: f"{number(row['p20_ms'])}–{number(row['p80_ms'])}"),
     ("× ours", lambda row: ratio(row["ratio"])),
     ("per round", lambda row: ratio(row["ratio_per_round"])),
-    ("GFLOP/s", lambda row: number(row["gflops"])),
-    ("GB/s", lambda row: number(row["gbytes_per_s"])),
+    ("GFLOP/s", lambda row: rate(row["gflops"])),
+    ("GB/s", lambda row: rate(row["gbytes_per_s"])),
     ("extra MiB", lambda row: NOTHING if row["peak_extra_mib"] is None else f"{row['peak_extra_mib']:.1f}"),
     ("first call s", lambda row: f"{row['first_call_s']:.2g}"),
     ("error", lambda row: NOTHING if row["error"] is None else f"{row['error']:.1e}"),
 )
 CONSOLE = ("median ms", "p20–p80", "× ours", "GFLOP/s", "GB/s", "extra MiB")
+
+
+def rate(value: float | None) -> str:
+    """Nothing for work that nobody counted, or that there is none of."""
+    return number(value) if value else NOTHING
 
 
 def ratio(value: float | None) -> str:
@@ -161,7 +167,7 @@ def summary_cells(contest: dict[str, Any], report: Report) -> list[str]:
         contest["dtype"],
         DIRECTIONS[contest["direction"]],
         number(base["median_ms"]) if base else "red",
-        number(base["gflops"]) if base else NOTHING,
+        rate(base["gflops"]) if base else NOTHING,
         "–".join(f"{value:.0f}" for value in sorted(contest["yardsticks"]["matmul_gflops"])),
         *(_summary_ratio(row) for row in rivals),
     ]
@@ -195,8 +201,8 @@ def markdown(report: Report, op: str) -> str:
         "",
         "## How to read this",
         "",
-        f"* Ours is {' or '.join(f'`{name}`' for name in baselines)}, called through the public function. Before "
-        "anything is timed it must meet its error budget on the case itself, outputs and gradients.",
+        f"* Ours is {' or '.join(f'`{name}`' for name in baselines)}, called through the public function. "
+        f"{first.get('checked') or BUDGET}",
         "* **× ours** is a contestant's median time divided by ours: above 1 it is slower than ours, **bold** below 1. "
         "**per round** is the median of the ratios within each round. The contestants of a case run interleaved, once "
         "a round each, in an order that changes every round.",
@@ -204,7 +210,11 @@ def markdown(report: Report, op: str) -> str:
         f"{YARDSTICK}³ matrix product reached just before and just after the contest.",
         "* Rows marked * (computes less) leave mask or bias out: a bound for what could be reached, no rival.",
         f"* **GFLOP/s**: {_formula(first['flops_formula'])} The same count for every contestant, whatever it does.",
-        f"* **GB/s**: {_formula(first['bytes_formula'])} The same count for every contestant.",
+        *(
+            [f"* **GB/s**: {_formula(first['bytes_formula'])} The same count for every contestant."]
+            if first["bytes_formula"]
+            else []
+        ),
         "* **extra MiB**: resident memory of the process at its peak during one warm call, less what was resident "
         "before, results included (GPU: torch's allocator). **first call** includes compilation.",
         "* **error**: rms of the output's error against the reference in float64, divided by the output's rms.",
