@@ -15,12 +15,22 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import bench_attention, machine, record
+from benchmarks import (
+    bench_attention,
+    bench_batch_norm,
+    bench_demo_step,
+    bench_embed,
+    bench_stem_step,
+    machine,
+    record,
+    stem_contest,
+)
 from benchmarks.attention_peers import PEERS, Peer, Problem
 from benchmarks.contest import Contest, Contestant, Stopwatch, order, quantile, rounds_within
 from benchmarks.goals import goals
 from simvlm.kernels.attention import spec
 from simvlm.kernels.attention.spec import Case
+from simvlm.model.config import VARIANTS
 
 ROOT = Path(__file__).parent.parent
 
@@ -226,6 +236,81 @@ def test_goals_are_measured_met_missed_or_missing() -> None:
     assert goals([pretrain], "another_op") == []
 
 
+STEM = [
+    *((bench_batch_norm.OP, name) for name in ("plain", "residual", "branch_residual", "frozen", "channels_17")),
+    *((bench_embed.OP, name) for name in ("mixed", "mixed_padded", "mixed_identity", "image_only", "text_only")),
+]
+
+
+def computed_stem(problem: stem_contest.Problem, direction: str, peer: stem_contest.Peer) -> tuple[torch.Tensor, ...]:
+    """Output and gradients."""
+    contestant = stem_contest.contestant(problem, direction, peer, "peer")
+    got = contestant.call()
+    assert contestant.error is not None
+    assert contestant.error(got) < 1e-6
+    assert len(got) == (1 + len(problem.leaves) if direction == "both" else 1)
+    return got
+
+
+@pytest.mark.parametrize("direction", ["forward", "both"])
+@pytest.mark.parametrize(("op", "name"), STEM, ids=lambda x: x if isinstance(x, str) else x.name)
+def test_every_contestant_of_the_stem_computes_the_same(op: stem_contest.Op, name: str, direction: str) -> None:
+    problem = stem_contest.Problem(op.spec, op.named(name), "float32", "cpu")
+    want = computed_stem(problem, direction, op.public("reference"))
+    kernels = [kernel.name.removeprefix("simvlm ") for kernel in op.ours(problem, direction)[0]]
+    peers = [peer for peer in op.peers if not peer.compiled]
+    assert "reference" in kernels
+    assert peers
+    for peer in (*peers, *map(op.public, kernels)):
+        got = computed_stem(problem, direction, peer)
+        torch.testing.assert_close(got, want, msg=lambda text, peer=peer: f"{peer.name}: {text}")
+
+
+@pytest.mark.full
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(("op", "name"), STEM, ids=lambda x: x if isinstance(x, str) else x.name)
+def test_compiled_contestants_of_the_stem_compute_the_same(op: stem_contest.Op, name: str) -> None:
+    torch.compiler.reset()
+    problem = stem_contest.Problem(op.spec, op.named(name), "float32", "cpu")
+    want = computed_stem(problem, "both", op.public("reference"))
+    for peer in op.peers:
+        if peer.compiled:
+            torch.testing.assert_close(computed_stem(problem, "both", peer), want)
+
+
+def test_a_red_kernel_of_the_stem_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stem_contest.parity, "violations", lambda *_: ["dx: largest error 1 > 0"])
+    op = bench_batch_norm.OP
+    contestants, refused, red = op.ours(stem_contest.Problem(op.spec, op.named("plain"), "float32", "cpu"), "forward")
+    assert [contestant.name for contestant in contestants] == ["simvlm reference"]
+    assert len(red) == len(refused)
+    assert all("misses the error budget (dx" in reason for _, _, reason in refused)
+
+
+def test_contestants_of_a_stem_step_compute_the_same() -> None:
+    problem = bench_stem_step.Problem(VARIANTS["demo"], 3, "float32", "cpu")
+    contestants = {contestant.name: contestant for contestant in problem.contestants()}
+    assert {"simvlm reference", "torch"} <= set(contestants)
+    results = {name: contestant.call() for name, contestant in contestants.items()}
+    want = results["simvlm reference"]
+    for name, got in results.items():
+        assert problem.error(got[0]) < 1e-5
+        for x, y in zip(got, want, strict=True):
+            # Errors of a whole step: beside each gradient's own size, not element by element.
+            assert (x - y).norm() <= 1e-5 * y.norm() + 1e-5, name
+    assert problem.flops() > 0
+
+
+def test_contestants_of_a_demo_step_lose_the_same() -> None:
+    problem = bench_demo_step.Problem("float32", "cpu")
+    assert len(problem.mixed.batch.images) == 32
+    steps = {contestant.name: contestant.call() for contestant in problem.contestants()}
+    want = steps["simvlm reference"]
+    for step in steps.values():
+        np.testing.assert_allclose(step.nll, want.nll, rtol=1e-5)
+        assert step.grad_norm == pytest.approx(want.grad_norm, rel=1e-4)
+
+
 @pytest.mark.full
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize(("direction", "name"), [("forward", "FlexAttention"), ("both", "compiled eager")])
@@ -254,6 +339,32 @@ def test_benchmark_cases_have_real_shapes() -> None:
         bench_attention.selection(["pretain"], [], quick=False)
 
 
+def test_benchmark_cases_of_the_stem_have_the_models_shapes() -> None:
+    base, demo = VARIANTS["base"], VARIANTS["demo"]
+    shapes = {case.name: case for case in bench_batch_norm.OP.spec.BENCHMARKS}
+    assert shapes["base_stem_b8"].shape[1:] == (base.image_size // 2, base.image_size // 2, base.conv_stem_width)
+    assert shapes["base_stage_3_b8"].shape[1:] == (*base.image_grid, base.patch_channels)
+    assert shapes["demo_stem_b32"].shape[1:] == (demo.image_size // 2, demo.image_size // 2, demo.conv_stem_width)
+    assert shapes["demo_stage_2_b32"].shape[1:] == (*demo.image_grid, demo.patch_channels)
+    embeds = {case.name: case for case in bench_embed.OP.spec.BENCHMARKS}
+    for name, config in (("base_b8", base), ("large_b8", VARIANTS["large"]), ("demo_b36", demo)):
+        channels = config.patch_channels if config.has_projection else None
+        case = embeds[name]
+        assert (case.image_grid, case.channels, case.width) == (config.image_grid, channels, config.width)
+    for op in (bench_batch_norm.OP, bench_embed.OP):
+        assert set(op.quick_cases) <= {case.name for case in op.spec.BENCHMARKS}
+    assert bench_batch_norm.described(shapes["base_stage_3_frozen_b8"]) == (
+        "8 images of 14×14 pixels, 1024 channels, statistics given, residual, relu; 1.6 million elements"
+    )
+    assert bench_embed.described(embeds["base_b8"]) == (
+        "8 sequences, packed, 8 images of 14×14 patches, 32–256 text rows, 1024 channels, width 768"
+    )
+    for module in (bench_batch_norm, bench_embed, bench_stem_step, bench_demo_step):
+        assert module.selection([], [], quick=True)
+        with pytest.raises(ValueError, match="case must be"):
+            module.selection(["nonsense"], [], quick=False)
+
+
 def test_peak_memory_sees_one_large_tensor() -> None:
     peak = machine.peak_extra_mib(lambda: torch.ones(64 * 2**20 // 4), "cpu")
     if peak is None:
@@ -271,19 +382,36 @@ def test_slug_of_a_processor(monkeypatch: pytest.MonkeyPatch) -> None:
         assert machine.slug("cpu") == want
 
 
-def test_quick_run_writes_its_three_files(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks", "--quick", "--op", "prefix_attention", "--cases", "scaled"]
+@pytest.mark.parametrize(
+    ("op", "case", "directions", "said"),
+    [
+        ("prefix_attention", "scaled", ("forward", "both"), ("SDPA, bias built", "eager", "2·H each", "GB/s**")),
+        ("batch_norm_act", "residual", ("forward", "both"), ("F.batch_norm", "error budget on the case", "GB/s**")),
+        pytest.param(
+            "embed_sequence",
+            "mixed",
+            ("forward", "both"),
+            ("index_copy_", "products", "GB/s**"),
+            marks=pytest.mark.full,
+        ),
+        ("stem_step", "demo_b32", ("step",), ("nn.BatchNorm2d", "the column error tells")),
+        pytest.param("demo_step", "demo", ("step",), ("invisible pairs", "4 documents"), marks=pytest.mark.full),
+    ],
+)
+def test_quick_run_writes_its_three_files(
+    tmp_path: Path, op: str, case: str, directions: tuple[str, ...], said: tuple[str, ...]
+) -> None:
+    command = [sys.executable, "-m", "benchmarks", "--quick", "--op", op, "--cases", case]
     command += ["--dtypes", "float32", "--device", "cpu", "--out", str(tmp_path)]
     # A suite of its own, whichever suite it is started from: under pytest-xdist pytest-benchmark would not time.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     (folder,) = tmp_path.iterdir()
-    assert {path.name for path in folder.iterdir()} == {f"prefix_attention.{kind}" for kind in ("json", "md", "png")}
-    report = json.loads((folder / "prefix_attention.json").read_text())
+    assert {path.name for path in folder.iterdir()} == {f"{op}.{kind}" for kind in ("json", "md", "png")}
+    report = json.loads((folder / f"{op}.json").read_text())
     assert [benchmark["param"] for benchmark in report["benchmarks"]] == [
-        "scaled-float32-forward",
-        "scaled-float32-both",
+        f"{case}-float32-{direction}" for direction in directions
     ]
     for benchmark in report["benchmarks"]:
         info = benchmark["extra_info"]
@@ -291,11 +419,12 @@ def test_quick_run_writes_its_three_files(tmp_path: Path) -> None:
         assert ours["ratio"] == 1.0
         assert benchmark["stats"]["median"] == pytest.approx(ours["median_ms"] / 1e3)  # the stopwatch, not the round
         assert all(row["reason"] or row["ratio"] > 0 for row in info["rows"])
-    page = (folder / "prefix_attention.md").read_text()
-    for said in ("--quick", "FLOP", "noisy", "torch 2", "commit", "SDPA, bias built", "eager", "2·H each"):
-        assert said in page
+    page = (folder / f"{op}.md").read_text()
+    for words in ("--quick", "FLOP", "noisy", "torch 2", "commit", *said):
+        assert words in page
+    assert ("GB/s**" in page) == ("step" not in directions)
     assert str(ROOT) not in page + json.dumps(report)
-    assert (folder / "prefix_attention.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / f"{op}.png").read_bytes().startswith(b"\x89PNG")
     assert "strongest peer" in done.stdout
 
 
