@@ -149,6 +149,15 @@ SIMVLM_INLINE void over_groups(const Run<Problem>& run, int64_t index, const flo
   for (; pixel < last; ++pixel) step(Group<1>(pixel, walk, scales));
 }
 
+// The same pixel by pixel: what sums nothing reads and writes rows best in the order in which they lie.
+template <class Problem, class Step>
+SIMVLM_INLINE void over_pixels(const Run<Problem>& run, int64_t index, const float* scales, Step step) {
+  const int64_t last = run.last(index);
+  int64_t pixel = run.first(index);
+  Walk walk(run.problem.shape, run.problem.x, pixel);
+  for (; pixel < last; ++pixel) step(Group<1>(pixel, walk, scales));
+}
+
 template <class Problem>
 void clear_part(const Run<Problem>& run, int64_t index) {
   for (int64_t c = 0; c < 2 * run.width; c += lanes) store(run.part(index) + c, vfloat{});
@@ -217,7 +226,7 @@ void apply_chunk(void* context, int64_t index) {
   auto* y = static_cast<Storage*>(a.y);
   const vfloat lowest = splat(a.given.relu ? 0.0f : -infinity);
   Walk residual_walk(a.shape, a.residual, run.first(index));
-  over_groups(run, index, a.given.branch_scale, [&](auto group) {
+  over_pixels(run, index, a.given.branch_scale, [&](auto group) {
     constexpr int pixels = decltype(group)::pixels;
     int64_t residual_at[pixels];
     if constexpr (Residual) {
@@ -303,7 +312,7 @@ void backward_chunk(void* context, int64_t index) {
   const auto* x = static_cast<const Storage*>(a.x.data);
   const auto* dy = static_cast<const Storage*>(a.dy);
   auto* dx = static_cast<Storage*>(a.dx);
-  over_groups(run, index, a.given.branch_scale, [&](auto group) {
+  over_pixels(run, index, a.given.branch_scale, [&](auto group) {
     over_vectors<Float>(channels, [&](int64_t c, auto part) {
       const vfloat mean = load(run.channels.mean + c), gain = load(run.channels.gain + c);
       const vfloat bias = load(run.channels.bias + c), mean_dz = load(run.channels.mean_dz + c);

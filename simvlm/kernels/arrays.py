@@ -58,16 +58,20 @@ def refuse_transforms(op: str, *tensors: Any) -> None:
                 )
 
 
-def nothing_watches(*tensors: Any) -> bool:
-    """Whether an op on these torch tensors may simply run: no gradient, transform, mode, subclass or compiler is there.
+def call_op(registered: Any, run: Any, *args: Any) -> Any:
+    """registered(*args), or run(*args), which is behind it, where no gradient, transform, mode or compiler is involved.
 
-    None is passed over.
+    The registered op would cost more than a small call itself.
     """
     import torch
 
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
+        return registered(*args)
     if torch._C._len_torch_dispatch_stack() or torch._C._is_torch_function_mode_enabled():
-        return False
-    plain, grad = (torch.Tensor, torch.nn.Parameter), torch.is_grad_enabled()
-    return all(x is None or (type(x) in plain and not (grad and x.requires_grad)) for x in tensors)
+        return registered(*args)
+    grad = torch.is_grad_enabled()
+    for x in args:
+        special = isinstance(x, torch.Tensor) and type(x) not in (torch.Tensor, torch.nn.Parameter)
+        if special or (grad and isinstance(x, torch.Tensor) and x.requires_grad):
+            return registered(*args)
+    return run(*args)

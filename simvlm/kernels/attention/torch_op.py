@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from simvlm.kernels import dispatch
-from simvlm.kernels.arrays import nothing_watches, refuse_transforms
+from simvlm.kernels.arrays import call_op, refuse_transforms
 from simvlm.kernels.attention import reference, table
 from simvlm.kernels.attention.layout import BOUNDS, PrefixLayout
 
@@ -37,10 +37,9 @@ def prefix_attention(
     if impl == "reference":
         return reference.forward(q, k, v, layout, rel_bias, scale)
     refuse_transforms("prefix_attention", q, k, v, rel_bias)
-    if nothing_watches(q, k, v, rel_bias):  # the registered op would cost more than a small call itself
-        kernel = dispatch.select("prefix_attention", table.IMPLS, "torch", impl, q, k, v, layout, rel_bias)
-        return kernel.forward(q, k, v, layout, rel_bias, scale)
-    return torch.ops.simvlm.prefix_attention(
+    return call_op(
+        torch.ops.simvlm.prefix_attention,
+        _forward,
         q,
         k,
         v,
@@ -132,9 +131,8 @@ def _gradient(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Any, ...]:
     *saved, bounds, rel_bias = ctx.saved_tensors
     needed = ctx.needs_input_grad
     wanted = [needed[0], needed[1], needed[2], rel_bias is not None and needed[4]]
-    grads = torch.ops.simvlm.prefix_attention_backward(
-        dout, dlse, *saved, bounds, rel_bias, ctx.scale, *ctx.statics, wanted
-    )
+    args = (dout, dlse, *saved, bounds, rel_bias, ctx.scale, *ctx.statics, wanted)
+    grads = call_op(torch.ops.simvlm.prefix_attention_backward, _backward, *args)
     dq, dk, dv, dtable = (grad if want else None for grad, want in zip(grads, wanted, strict=True))
     return dq, dk, dv, None, dtable, *(None for _ in range(1 + len(ctx.statics)))
 

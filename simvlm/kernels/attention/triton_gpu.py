@@ -74,7 +74,7 @@ def forward(
             *(_rows(x, layout) for x in (q, k, v, out)),
             lse,
             _float_table(rel_bias),
-            torch.as_tensor(layout.bounds),
+            layout.bounds,
             layout.batch,
             heads,
             tiles,

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from simvlm.kernels import dispatch
-from simvlm.kernels.arrays import refuse_transforms
+from simvlm.kernels.arrays import call_op, refuse_transforms
 from simvlm.kernels.stem import checks, reference, table
 from simvlm.kernels.stem.places import places, rows_shape
 
@@ -88,11 +88,12 @@ def batch_norm_act(
     branch_scale = None if branch_scale is None else branch_scale.detach().to(wide).contiguous()
     frozen = mean is not None and var is not None
     if mean is None or var is None:
-        mean, var = _OPS.batch_norm_statistics(x.detach(), impl)
+        mean, var = call_op(_OPS.batch_norm_statistics, _statistics, x.detach(), impl)
         if group:
             mean, var = (x.to(wide) for x in _statistics_of_all(mean, var, _pixels(x), group))
     constants = mean.detach().to(wide).contiguous(), var.detach().to(wide).contiguous()
-    y = _OPS.batch_norm_apply(x, *constants, weight, bias, residual, branch_scale, eps, act, frozen, group, impl)
+    args = (x, *constants, weight, bias, residual, branch_scale, eps, act, frozen, group, impl)
+    y = call_op(_OPS.batch_norm_apply, _apply, *args)
     return y, mean, var
 
 
@@ -132,7 +133,8 @@ def embed_sequence(
     wide = _wide(text)
     bias = None if bias is None else bias.to(wide).contiguous()
     image_positions = None if image_positions is None else image_positions.to(wide).contiguous()
-    return _OPS.embed_sequence(features, weight, bias, image_positions, text, placed, query_len, impl or "")
+    args = (features, weight, bias, image_positions, text, placed, query_len, impl or "")
+    return call_op(_OPS.embed_sequence, _embed, *args)
 
 
 def _check_lengths(placed: Tensor, features: Tensor | None, text: Tensor) -> None:
@@ -259,12 +261,14 @@ def _apply_gradient(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     dx, dresidual = None, dy
     sums: list[Tensor] = []
     if y is not None or wants_weight or wants_bias or (wants_x and not ctx.frozen):
-        *sums, masked = _OPS.batch_norm_backward_reductions(dy, x, y, *vectors, eps, act, ctx.impl)
+        args = (dy, x, y, *vectors, eps, act, ctx.impl)
+        *sums, masked = call_op(_OPS.batch_norm_backward_reductions, _backward_reductions, *args)
         if y is not None:
             dresidual, act = masked, "none"
     if wants_x:
         means = (None, None) if ctx.frozen else _means(sums, _pixels(x), ctx.group)
-        dx = _OPS.batch_norm_backward_apply(dresidual, x, *vectors, *means, eps, act, ctx.impl)
+        args = (dresidual, x, *vectors, *means, eps, act, ctx.impl)
+        dx = call_op(_OPS.batch_norm_backward_apply, _backward_apply, *args)
     dweight, dbias = sums[1] if wants_weight else None, sums[0] if wants_bias else None
     return dx, None, None, dweight, dbias, dresidual if wants_residual else None, *(None for _ in range(6))
 
@@ -287,9 +291,8 @@ def _embed_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _embed_gradient(ctx: Any, drows: Tensor) -> tuple[Any, ...]:
     features, weight, placed = ctx.saved_tensors
     wanted = list(ctx.needs_input_grad[:5])
-    grads = _OPS.embed_sequence_backward(
-        drows, features, weight, placed, ctx.image_shape, ctx.text_rows, ctx.query_len, wanted, ctx.impl
-    )
+    args = (drows, features, weight, placed, ctx.image_shape, ctx.text_rows, ctx.query_len, wanted, ctx.impl)
+    grads = call_op(_OPS.embed_sequence_backward, _embed_backward, *args)
     return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), None, None, None
 
 
