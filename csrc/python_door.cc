@@ -4,6 +4,8 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <initializer_list>
+#include <limits>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -63,12 +65,33 @@ struct Statics {
   int dtype, threads;
 };
 
-AttentionShape checked_shape(int64_t bounds, const Statics& s, bool keys_written) {
+// The layout's int32[7, B], copied: while kernels run without the GIL another thread may write into the caller's.
+std::vector<int32_t> copied_bounds(int64_t bounds, int64_t batch) {
+  const auto* from = pointer<const int32_t>(bounds);
+  return batch < 1 ? std::vector<int32_t>() : std::vector<int32_t>(from, from + 7 * batch);
+}
+
+// Arrays that are read where the layout has rows; torch tensors whose storage was taken away have the address 0.
+void check_memory(const char* name, const int32_t* lens, int64_t batch, std::initializer_list<Strided> arrays) {
+  for (int64_t b = 0; b < batch; ++b) {
+    for (const Strided& array : arrays) {
+      if (lens[b] > 0 && array[0] == 0) {
+        throw py::value_error(std::string("prefix_attention: ") + name + " must have memory, got an array without any");
+      }
+    }
+  }
+}
+
+AttentionShape checked_shape(const std::vector<int32_t>& bounds, const Statics& s, bool table, bool keys_written) {
   if (s.batch < 0 || s.heads < 1 || s.head_dim < 8 || s.head_dim > 128 || s.head_dim % 8 != 0 || s.dtype < 0 ||
       s.dtype > 2 || s.grid_height < 0 || s.grid_width < 0 || s.q_rows < 0 || s.k_rows < 0) {
     throw py::value_error("prefix_attention: q must have at least one head and head_dim a multiple of 8 up to 128");
   }
-  const auto* row = pointer<const int32_t>(bounds);
+  if (s.grid_height > 0 && s.grid_width > std::numeric_limits<int32_t>::max() / s.grid_height) {
+    throw py::value_error("prefix_attention: image_grid must have fewer than 2**31 patches, got " +
+                          std::to_string(s.grid_height) + " × " + std::to_string(s.grid_width));
+  }
+  const int32_t* row = bounds.data();
   const simvlm::Bounds at{row,
                           row + s.batch,
                           row + 2 * s.batch,
@@ -93,8 +116,8 @@ AttentionShape checked_shape(int64_t bounds, const Statics& s, bool keys_written
           s.q_rows,
           s.k_rows,
           at,
-          s.grid_height,
-          s.grid_width,
+          table ? s.grid_height : 0,  // what has no table needs no scratch for it
+          table ? s.grid_width : 0,
           s.scale,
           static_cast<simvlm::DType>(s.dtype),
           s.threads < 1 ? 1 : s.threads};
@@ -105,9 +128,16 @@ void attention_forward(const Strided& q, const Strided& k, const Strided& v, con
                        int64_t q_rows, int64_t k_rows, int64_t grid_height, int64_t grid_width, float scale, int dtype,
                        int threads) {
   const Statics statics{batch, heads, head_dim, padded, q_rows, k_rows, grid_height, grid_width, scale, dtype, threads};
-  const simvlm::AttentionForward problem{
-      checked_shape(bounds, statics, false), tensor(q),          tensor(k), tensor(v), tensor(out),
-      pointer<const float>(table),           pointer<float>(lse)};
+  const std::vector<int32_t> lengths = copied_bounds(bounds, batch);
+  const simvlm::AttentionForward problem{checked_shape(lengths, statics, table != 0, false),
+                                         tensor(q),
+                                         tensor(k),
+                                         tensor(v),
+                                         tensor(out),
+                                         pointer<const float>(table),
+                                         pointer<float>(lse)};
+  check_memory("q", problem.shape.bounds.q_lens, batch, {q, out});
+  check_memory("k and v", problem.shape.bounds.k_lens, batch, {k, v});
   py::gil_scoped_release released;
   if (!simvlm::kernels().attention_forward(problem)) throw std::bad_alloc();
 }
@@ -119,7 +149,8 @@ void attention_backward(const Strided& q, const Strided& k, const Strided& v, co
                         float scale, int dtype, int threads) {
   const Statics statics{batch, heads, head_dim, padded, q_rows, k_rows, grid_height, grid_width, scale, dtype, threads};
   const bool keys_written = dk[0] != 0 || dv[0] != 0;
-  simvlm::AttentionBackward problem{checked_shape(bounds, statics, keys_written),
+  const std::vector<int32_t> lengths = copied_bounds(bounds, batch);
+  simvlm::AttentionBackward problem{checked_shape(lengths, statics, table != 0, keys_written),
                                     tensor(q),
                                     tensor(k),
                                     tensor(v),
@@ -133,6 +164,9 @@ void attention_backward(const Strided& q, const Strided& k, const Strided& v, co
                                     tensor(dv),
                                     nullptr,
                                     pointer<float>(dtable)};
+  check_memory("q, out and dout", problem.shape.bounds.q_lens, batch, {q, out, dout});
+  check_memory("k and v", problem.shape.bounds.k_lens, batch, {k, v});
+  if (dtable != 0 && table == 0) throw py::value_error("prefix_attention: rel_bias must be given for its gradient");
   py::gil_scoped_release released;
   if (dtable != 0) {
     const AttentionShape& shape = problem.shape;

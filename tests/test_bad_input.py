@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from simvlm.kernels import PrefixLayout, UnsupportedError, implementations, prefix_attention
+from simvlm.kernels import (
+    PrefixLayout,
+    UnsupportedError,
+    batch_norm_act,
+    embed_sequence,
+    implementations,
+    prefix_attention,
+)
 
 PACKED = PrefixLayout.packed([4, 2], prefix_lens=0)
 PADDED = PrefixLayout.padded(2, 3)
@@ -166,6 +173,55 @@ def test_lengths_on_the_host_are_checked_again_at_the_door():
             ValueError, match=r"prefix_attention: layout must stay within the storage, got .* for sequence 1"
         ):
             prefix_attention(rows(6, 2, 16), rows(6, 2, 16), rows(6, 2, 16), layout, impl="cpp")
+
+
+def by_hand(bounds, grid=None):
+    return PrefixLayout(bounds, None, grid, 8, 8)
+
+
+BY_HAND = {
+    "rows": (PACKED.bounds[:3].copy(), None, r"layout must hold bounds of shape \[7, B\], got \[3, 2\]"),
+    "rank": (PACKED.bounds[0].copy(), None, r"layout must hold bounds of shape \[7, B\], got \[2\]"),
+    "grid": (PACKED.bounds, (2**33, 2**33), r"image_grid must have fewer than 2\*\*31 patches"),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+@pytest.mark.parametrize("library", ["numpy", "torch", "torch bounds"])
+def test_a_layout_made_by_hand_is_checked(name, library):
+    bounds, grid, message = BY_HAND[name]
+    x = rows(6, 2, 16)
+    layout = by_hand(torch.from_numpy(bounds) if library == "torch bounds" else bounds, grid)
+    x = x.numpy() if library == "numpy" else x
+    with pytest.raises(ValueError, match=f"^prefix_attention: {message}"):
+        prefix_attention(x, x, x, layout, impl="cpp")
+    if name != "grid":  # which must be the features' there
+        text = x[:, 0]
+        with pytest.raises(ValueError, match=f"^embed_sequence: {message}"):
+            embed_sequence(None, None, None, None, text, layout, impl="cpp")
+
+
+def test_integers_of_another_width_are_converted():
+    x, text = torch.randn(6, 2, 16), torch.randn(6, 16)
+    wide = by_hand(torch.from_numpy(PACKED.bounds).long())
+    with torch.no_grad():
+        assert torch.equal(prefix_attention(x, x, x, wide, impl="cpp"), prefix_attention(x, x, x, PACKED, impl="cpp"))
+    for layout in (wide, wide.numpy(), by_hand(wide.bounds.numpy())):
+        assert torch.equal(embed_sequence(None, None, None, None, text, layout, impl="cpp"), text)
+
+
+def test_a_large_grid_without_a_table_takes_no_memory():
+    x = np.ones((6, 2, 16), np.float32)
+    layout = PrefixLayout.packed([4, 2], image_grid=(40_000, 40_000))  # a table of 6.4 · 10^9 entries
+    assert np.all(prefix_attention(x, x, x, layout, impl="cpp") == 1.0)
+
+
+def test_a_storage_that_was_taken_away_is_refused():
+    for name, message in (("q", "q must have memory"), ("k", "k and v must have memory")):
+        tensors = {other: rows(6, 2, 16) for other in "qkv"}
+        tensors[name].untyped_storage().resize_(0)
+        with pytest.raises(ValueError, match=f"^prefix_attention: {message}"):
+            prefix_attention(*tensors.values(), PACKED, impl="cpp")
 
 
 def test_implementations_of_an_unknown_op():

@@ -82,6 +82,7 @@ def prefix_attention(
 
 def _check(family: str, q: Any, k: Any, v: Any, layout: PrefixLayout, rel_bias: Any, scale: Any) -> float:
     """Raises unless the call is the contract's; returns the scale."""
+    layout.check_bounds(OP)
     dtype = dtype_name(q)
     if dtype not in _DTYPES:
         raise TypeError(f"{OP}: q must be {', '.join(_DTYPES[:-1])} (or float64, reference only), got {dtype}")

@@ -30,7 +30,7 @@ def forward(q: Any, k: Any, v: Any, layout: PrefixLayout, rel_bias: Any, scale: 
     if isinstance(q, np.ndarray):
         q, k, v = (cpp_module.in_elements(x) for x in (q, k, v))
         out, lse = np.empty(q.shape, q.dtype), np.empty(q.shape[:-1], np.float32)
-        table = None if rel_bias is None else np.ascontiguousarray(rel_bias, np.float32)
+        table = None if rel_bias is None else np.require(rel_bias, np.float32, ["C", "A"])
         threads = cpp_module.numpy_threads()
     else:
         torch = _torch()
@@ -91,7 +91,7 @@ def _torch() -> Any:
 def _bounds(layout: PrefixLayout) -> Any:
     """The layout's int32[7, B], contiguous, as a torch tensor or numpy array."""
     bounds = layout.bounds
-    return bounds.contiguous() if hasattr(bounds, "data_ptr") else np.ascontiguousarray(bounds, np.int32)
+    return bounds.int().contiguous() if hasattr(bounds, "data_ptr") else np.ascontiguousarray(bounds, np.int32)
 
 
 def _statics(q: Any, k: Any, layout: PrefixLayout, scale: float, threads: int) -> tuple[Any, ...]:

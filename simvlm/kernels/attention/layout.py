@@ -204,6 +204,15 @@ class PrefixLayout:
             at_origin=q_offsets is None,
         )
 
+    def check_bounds(self, op: str) -> None:
+        """Raises unless `bounds` are [7, B], as those of a layout made by hand may not be.
+
+        Not asked of every layout that is made: pytrees put all manner of leaves in.
+        """
+        shape = tuple(self.bounds.shape)
+        if len(shape) != 2 or shape[0] != len(BOUNDS):
+            raise ValueError(f"{op}: layout must hold bounds of shape [{len(BOUNDS)}, B], got {list(shape)}")
+
     def to(self, device: Any) -> PrefixLayout:
         """This layout with its integers as a torch tensor on `device`; once a batch, before the first layer."""
         import torch

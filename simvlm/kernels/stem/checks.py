@@ -70,6 +70,7 @@ def embed_sequence(
 ) -> None:
     """Raises unless the call is the contract's, lengths aside."""
     op = "embed_sequence"
+    layout.check_bounds(op)
     _check_main(op, family, "text", text, 2, "[Rt, D]")
     width = text.shape[1]
     if family == "torch":

@@ -123,7 +123,7 @@ def embed_sequence(
     impl: str | None,
 ) -> Tensor:
     """rows through the registered op; `impl="reference"` is plain PyTorch and takes every transform."""
-    placed = places(torch.as_tensor(bounds), torch.stack)
+    placed = places(torch.as_tensor(bounds), torch.stack).int()
     if impl == "reference":
         if not torch.compiler.is_compiling():  # a traced batch has no lengths to look at
             _check_lengths(placed, features, text)
