@@ -224,6 +224,55 @@ def test_a_storage_that_was_taken_away_is_refused():
             prefix_attention(*tensors.values(), PACKED, impl="cpp")
 
 
+def halved(x):
+    return x.half() if x.is_floating_point() else x
+
+
+def shortened(x):
+    return x[: max(len(x) - 1, 0)].clone()
+
+
+@pytest.mark.parametrize("unpack", [halved, shortened])
+@pytest.mark.parametrize("op", ["prefix_attention", "batch_norm_act", "embed_sequence"])
+def test_what_comes_back_for_the_backward_is_checked(op, unpack):
+    """saved_tensors_hooks may hand anything to it."""
+    weight, text = torch.ones(16, requires_grad=True), rows(2, 16).requires_grad_()
+    x, images = rows(6, 2, 16).requires_grad_(), rows(2, 3, 4, 16).requires_grad_()
+    calls = {
+        "prefix_attention": lambda: prefix_attention(x, x, x, PACKED, impl="cpp"),
+        "batch_norm_act": lambda: batch_norm_act(images, weight, weight, impl="cpp")[0],
+        "embed_sequence": lambda: embed_sequence(
+            None, None, None, None, text, by_hand(PACKED.bounds[:, 1:]), impl="cpp"
+        ),
+    }
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, unpack):
+        out = calls[op]()
+    if op == "embed_sequence" and unpack is halved:
+        out.sum().backward()  # saves nothing but integers
+        return
+    with pytest.raises(ValueError, match=r"^(batch_norm_act|embed_sequence|prefix_attention): .* must .*, got"):
+        out.sum().backward()
+
+
+def test_what_comes_back_may_lie_otherwise_in_memory():
+    def scattered(x):
+        return x.transpose(0, -1).contiguous().transpose(0, -1) if x.is_floating_point() else x
+
+    x = torch.randn(6, 2, 16, requires_grad=True)
+    images, weight = torch.randn(2, 3, 4, 16, requires_grad=True), torch.randn(16, requires_grad=True)
+
+    def outputs():
+        out = prefix_attention(x, x, x, PACKED, impl="cpp")
+        y = batch_norm_act(images, weight, weight, residual=images, impl="cpp")[0]
+        return out, y
+
+    want = torch.autograd.grad([z.square().sum() for z in outputs()], [x, images, weight])
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, scattered):
+        saved = outputs()
+    got = torch.autograd.grad([z.square().sum() for z in saved], [x, images, weight])
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 def test_implementations_of_an_unknown_op():
     with pytest.raises(ValueError, match=r"op must be one of .*'prefix_attention'.*, got 'attention'"):
         implementations("attention")

@@ -75,3 +75,17 @@ def call_op(registered: Any, run: Any, *args: Any) -> Any:
         if special or (grad and isinstance(x, torch.Tensor) and x.requires_grad):
             return registered(*args)
     return run(*args)
+
+
+def check_saved(op: str, **arrays: tuple[Any, tuple[int, ...], Any]) -> None:
+    """Raises unless each torch tensor (None is passed over) has the shape and dtype (None: any) named after it.
+
+    What torch saves for the backward pass comes back through `torch.autograd.graph.saved_tensors_hooks`, which may be
+    anybody's, and becomes addresses.
+    """
+    for name, (x, shape, dtype) in arrays.items():
+        if x is not None and (x.shape != shape or x.dtype != (dtype or x.dtype)):
+            raise ValueError(
+                f"{op}: {name} must come back from saved_tensors_hooks as {dtype or x.dtype}{list(shape)}, "
+                f"got {x.dtype}{list(x.shape)}"
+            )

@@ -73,8 +73,8 @@ def backward(
             if grad is not None:
                 grad.zero_()
     else:
-        dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-        dlse, bounds = dlse.contiguous(), _bounds(layout)
+        dout, q, k, v, out = (x if x.stride(-1) == 1 else x.contiguous() for x in (dout, q, k, v, out))
+        lse, dlse, bounds = lse.contiguous(), dlse.contiguous(), _bounds(layout)
         cpp_module.compiled().attention_backward(
             *(_strided(x) for x in (q, k, v, out, dout, dq, dk, dv)),
             *(address(x) for x in (lse, dlse, table, dtable, bounds)),

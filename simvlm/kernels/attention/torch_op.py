@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from simvlm.kernels import dispatch
-from simvlm.kernels.arrays import call_op, refuse_transforms
+from simvlm.kernels.arrays import call_op, check_saved, refuse_transforms
 from simvlm.kernels.attention import reference, table
 from simvlm.kernels.attention.layout import BOUNDS, PrefixLayout
 
@@ -99,6 +99,18 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     *statics, wanted = rest
     layout = _layout(q, k, bounds, *statics[:5])
+    # torch sees to it that dout and dlse are like out and lse as these were returned.
+    keys = (*dout.shape[:-3], k.shape[-3] if k.ndim == dout.ndim else 0, *dout.shape[-2:])
+    grid = tuple(2 * side - 1 for side in layout.image_grid or ())
+    check_saved(
+        "prefix_attention",
+        q=(q, dout.shape, dout.dtype),
+        k=(k, keys, dout.dtype),
+        v=(v, keys, dout.dtype),
+        out=(out, dout.shape, dout.dtype),
+        lse=(lse, dlse.shape, dlse.dtype),
+        rel_bias=(rel_bias, (dout.shape[-2], *grid), None),
+    )
     kernel = dispatch.select("prefix_attention", table.IMPLS, "torch", statics[5] or None, q, k, v, layout, rel_bias)
     grads = kernel.backward(dout, dlse, q, k, v, out, lse, layout, rel_bias, scale, tuple(wanted))
     return tuple(q.new_empty(0) if grad is None else grad.contiguous() for grad in grads)

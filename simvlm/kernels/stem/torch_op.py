@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from simvlm.kernels import dispatch
-from simvlm.kernels.arrays import call_op, refuse_transforms
+from simvlm.kernels.arrays import call_op, check_saved, refuse_transforms
 from simvlm.kernels.stem import checks, reference, table
-from simvlm.kernels.stem.places import places, rows_shape
+from simvlm.kernels.stem.places import PLACES, places, rows_shape
 
 _NORM = "Tensor x, Tensor mean, Tensor var, Tensor weight, Tensor bias"
 _NORM_WITH_Y = "Tensor x, Tensor? y, Tensor mean, Tensor var, Tensor weight, Tensor bias"
@@ -171,16 +171,29 @@ def _apply(x: Tensor, *rest: Any) -> Tensor:
 
 
 def _backward_reductions(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    *arguments, impl = rest
+    y, *vectors, eps, act, impl = rest
+    x, y, vectors = _saved(dy, x, y, vectors)
     sum_dz, sum_dz_norm, dresidual = _norm_kernel(x, impl).batch_norm_backward_reductions(
-        dy.contiguous(), x, *arguments
+        dy.contiguous(), x, y, *vectors, eps, act
     )
     return sum_dz, sum_dz_norm, dy.new_empty(0) if dresidual is None else dresidual.contiguous()
 
 
 def _backward_apply(dy: Tensor, x: Tensor, *rest: Any) -> Tensor:
-    *arguments, impl = rest
-    return _norm_kernel(x, impl).batch_norm_backward_apply(dy.contiguous(), x, *arguments).contiguous()
+    *vectors, mean_dz, mean_dz_norm, eps, act, impl = rest
+    x, _, vectors = _saved(dy, x, None, vectors)
+    kernel = _norm_kernel(x, impl)
+    return kernel.batch_norm_backward_apply(dy.contiguous(), x, *vectors, mean_dz, mean_dz_norm, eps, act).contiguous()
+
+
+def _saved(dy: Tensor, x: Tensor, y: Tensor | None, vectors: Sequence[Tensor | None]) -> tuple[Any, Any, Any]:
+    """x, y, and mean, var, weight, bias, branch_scale as kernels want them; checked against dy, which torch checks."""
+    channels, batch, wide = dy.shape[-1:], dy.shape[:1], _wide(dy)
+    shapes = {"mean": channels, "var": channels, "weight": channels, "bias": channels, "branch_scale": batch}
+    named = {name: (v, shape, wide) for (name, shape), v in zip(shapes.items(), vectors, strict=True)}
+    check_saved("batch_norm_act", x=(x, dy.shape, dy.dtype), y=(y, dy.shape, dy.dtype), **named)
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return x, None if y is None else y.contiguous(), [None if v is None else v.contiguous() for v in vectors]
 
 
 def _embed(
@@ -195,6 +208,7 @@ def _embed(
 
 def _embed_backward(drows: Tensor, features: Any, weight: Any, placed: Tensor, image_shape: Any, *rest: Any) -> Any:
     text_rows, query_len, wanted, impl = rest
+    check_saved("embed_sequence", places=(placed, (len(PLACES), *placed.shape[1:2]), torch.int32))
     kernel = _embed_kernel(drows, weight, impl)
     operand = None if weight is None else weight.to(drows.dtype)
     shape = None if image_shape is None else tuple(image_shape)
