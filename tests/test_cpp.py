@@ -12,11 +12,13 @@ import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from attend import attend
 
 from simvlm import _cpp
@@ -191,15 +193,51 @@ def _resident_kib() -> int:
     return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
-def test_ten_thousand_calls_leave_memory_where_it_was():
+def _calls() -> dict[str, Callable[[], object]]:
+    """Each op forward, on numpy arrays, and forward with backward, on torch tensors."""
     x = np.ones((20, 2, 16), np.float32)
     layout = PrefixLayout.packed([12, 8], prefix_lens=[4, 0], image_grid=(2, 2))
+    few = PrefixLayout.packed([3, 1], [12, 8], q_offsets=[9, 7], prefix_lens=[4, 0], image_grid=(2, 2))
     table = np.ones((2, 3, 3), np.float32)
+    images, vector = np.ones((2, 3, 4, 16), np.float32), np.ones(16, np.float32)
+    placed = PrefixLayout.packed([7, 9], image_grid=(2, 2))
+    features, positions, text = np.ones((2, 2, 2, 16), np.float32), np.ones((4, 16), np.float32), x[:8, 0]
+    q, t, i, v, f, p, w = (
+        torch.from_numpy(array).clone().requires_grad_()
+        for array in (x, table, images, vector, features, positions, text)
+    )
+    leaves = (q, t, i, v, f, p, w)
+
+    def backward(out: torch.Tensor) -> None:
+        out.sum().backward()
+        for leaf in leaves:
+            leaf.grad = None
+
+    return {
+        "prefix_attention": lambda: prefix_attention(x, x, x, layout, rel_bias=table),
+        "prefix_attention of few queries": lambda: prefix_attention(x[:4], x, x, few, rel_bias=table),
+        "prefix_attention backward": lambda: backward(prefix_attention(q, q, q, layout, rel_bias=t, impl="cpp")),
+        "batch_norm_act": lambda: batch_norm_act(images, vector, vector, residual=images),
+        "batch_norm_act backward": lambda: backward(batch_norm_act(i, v, v, residual=i, impl="cpp")[0]),
+        "embed_sequence": lambda: embed_sequence(features, None, vector, positions, text, placed),
+        "embed_sequence backward": lambda: backward(embed_sequence(f, None, v, p, w, placed, impl="cpp")),
+    }
+
+
+@pytest.mark.parametrize(
+    "name",  # the stem's backward takes ten seconds an op
+    [
+        pytest.param(name, marks=[pytest.mark.full] if re.match(r"(batch|embed).*backward", name) else [])
+        for name in _calls()
+    ],
+)
+def test_ten_thousand_calls_leave_memory_where_it_was(name):
+    call = _calls()[name]
     for _ in range(100):
-        prefix_attention(x, x, x, layout, rel_bias=table)
+        call()
     before = _resident_kib()
     for _ in range(10_000):
-        prefix_attention(x, x, x, layout, rel_bias=table)
+        call()
     assert _resident_kib() - before < 1024
 
 
