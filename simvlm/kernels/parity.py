@@ -36,8 +36,13 @@ def violations(
     spec: ModuleType, case: Any, family: str, impl: str | None, dtype: str, seed: int = 0
 ) -> list[Violation]:
     """Every array, forward and gradient, in which `impl` misses the budget on `case`; empty when it meets it."""
-    inputs, truth, yardstick, floors = _expected(spec, case, dtype, seed)
-    got = run(spec, case, inputs, family, impl, dtype)
+    inputs = rounded_inputs(spec, case, dtype, seed)
+    return judged(spec, case, dtype, run(spec, case, inputs, family, impl, dtype), seed)
+
+
+def judged(spec: ModuleType, case: Any, dtype: str, got: dict[str, np.ndarray], seed: int = 0) -> list[Violation]:
+    """Every array of `got`, float64 and computed anywhere from `rounded_inputs`, that misses the budget."""
+    truth, yardstick, floors = _expected(spec, case, dtype, seed)
     found = []
     for name, value in got.items():
         found += compare(spec, name, dtype, value, truth[name], yardstick[name], floors.get(name, (0.0, 0.0)))
@@ -53,16 +58,11 @@ def run(
 
 
 @functools.lru_cache(maxsize=64)
-def _expected(
-    spec: ModuleType, case: Any, dtype: str, seed: int
-) -> tuple[Any, Any, Any, dict[str, tuple[float, float]]]:
-    inputs = {
-        name: rounded(x, dtype if name not in PARAMETERS else "float32")
-        for name, x in spec.make_inputs(case, seed).items()
-    }
+def _expected(spec: ModuleType, case: Any, dtype: str, seed: int) -> tuple[Any, Any, dict[str, tuple[float, float]]]:
+    inputs = rounded_inputs(spec, case, dtype, seed)
     truth = run(spec, case, inputs, "torch", "reference", "float64")
     yardstick = run(spec, case, inputs, "torch", "reference", dtype)
-    return inputs, truth, yardstick, spec.floors(case, inputs, dtype)
+    return truth, yardstick, spec.floors(case, inputs, dtype)
 
 
 def forget() -> None:
@@ -72,6 +72,14 @@ def forget() -> None:
 
 PARAMETERS = ("rel_bias", "dlse", "weight", "bias", "image_positions", "mean", "var", "branch_scale")
 """Inputs that stay float32 whatever the dtype under test: parameters and cotangents of float32 outputs."""
+
+
+@functools.lru_cache(maxsize=64)
+def rounded_inputs(spec: ModuleType, case: Any, dtype: str, seed: int = 0) -> dict[str, np.ndarray]:
+    """The case's inputs as float32 arrays whose values `dtype` holds exactly; not to be written to."""
+    return {
+        name: rounded(x, "float32" if name in PARAMETERS else dtype) for name, x in spec.make_inputs(case, seed).items()
+    }
 
 
 def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
@@ -199,9 +207,13 @@ def _run_jax(
 def _run_numpy(
     spec: Any, case: Any, inputs: dict[str, np.ndarray], impl: str | None, dtype: str
 ) -> dict[str, np.ndarray]:
+    outputs = spec.call(case, case.layout(), numpy_arrays(inputs, dtype), impl)
+    return {name: x.astype(np.float64) for name, x in zip(spec.OUTPUTS, outputs, strict=True)}
+
+
+def numpy_arrays(inputs: dict[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
+    """The inputs as a numpy caller holds them: of `dtype`, parameters of float32."""
     import ml_dtypes
 
     kind = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
-    arrays = {name: x.astype(np.float32 if name in PARAMETERS else kind) for name, x in inputs.items()}
-    outputs = spec.call(case, case.layout(), arrays, impl)
-    return {name: x.astype(np.float64) for name, x in zip(spec.OUTPUTS, outputs, strict=True)}
+    return {name: x.astype(np.float32 if name in PARAMETERS else kind) for name, x in inputs.items()}
