@@ -18,7 +18,18 @@ STAMP := $(VENV)/.simvlm-setup
 # What the environment and the compiled module are made from: a change of its hash makes both anew.
 INPUTS := csrc CMakeLists.txt setup.py pyproject.toml requirements
 
-.PHONY: help setup check format test test-full test-sanitize bench demo quick clean
+# What `make wheel` builds for, commands or paths: .venv's interpreter, and of each other version from 3.11 to 3.14 the
+# first one, on PATH or under pyenv, that can build (it has venv and Python.h).
+PYTHONS ?= $(PY) $(shell own=$$($(PY) -c 'import sys; print(sys.version_info.minor)'); \
+  can_build='import ensurepip, os, sysconfig, venv; os.stat(sysconfig.get_path("include") + "/Python.h")'; \
+  for minor in 11 12 13 14; do \
+    [ $$minor != $$own ] || continue; \
+    for python in python3.$$minor ~/.pyenv/versions/3.$$minor.*/bin/python; do \
+      if $$python -c "$$can_build" 2>/dev/null; then echo $$python; break; fi; \
+    done; \
+  done)
+
+.PHONY: help setup check format test test-full test-sanitize wheel bench demo quick clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -61,6 +72,19 @@ test-full: setup ## every test, the long tier included
 
 test-sanitize: setup ## the C++ kernels under the address, undefined-behaviour and thread sanitizers
 	@$(RUN) tests/sanitize.py
+
+wheel: setup ## dist/: the sdist, and from it a manylinux wheel for each of PYTHONS="python3.12 …" (default: all found)
+	@rm -rf dist build/wheel; mkdir -p dist build/wheel/empty
+	@echo "building the sdist"; $(RUN) -m build --no-isolation --sdist --outdir dist . > build/wheel/sdist.log
+	@for python in $(PYTHONS); do \
+	  echo "building the wheel for $$($$python --version)"; \
+	  $$python -m venv --clear build/wheel/env; \
+	  (cd build/wheel/empty; SIMVLM_REQUIRE_CPP=1 ../env/bin/python -m pip wheel --quiet --disable-pip-version-check \
+	    --no-deps --wheel-dir .. $(CURDIR)/dist/*.tar.gz); \
+	done
+	@$(RUN) -m auditwheel repair --wheel-dir dist build/wheel/*.whl 2> build/wheel/auditwheel.log \
+	  || { cat build/wheel/auditwheel.log >&2; exit 1; }
+	@ls -l dist
 
 bench: setup ## time the kernels against their peers (OP=prefix_attention for one op)
 	@$(RUN) -m benchmarks $(if $(OP),--op $(OP))
