@@ -29,7 +29,7 @@ PYTHONS ?= $(PY) $(shell own=$$($(PY) -c 'import sys; print(sys.version_info.min
     done; \
   done)
 
-.PHONY: help setup check format test test-full test-sanitize wheel bench demo quick clean
+.PHONY: help setup check format test test-full test-sanitize wheel test-wheel bench demo quick clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -57,18 +57,18 @@ check: setup ## formatting, lint and types
 	@$(PY) -m ruff format --check .
 	@$(PY) -m ruff check .
 	@$(PY) -m mypy
-	@$(VENV)/bin/clang-format --dry-run --Werror csrc/*.h csrc/*.cc
+	@$(VENV)/bin/clang-format --dry-run --Werror csrc/*.h csrc/*.cc tests/*.cc
 
 format: setup ## rewrite the sources as `make check` wants them
 	@$(PY) -m ruff format .
 	@$(PY) -m ruff check --fix .
-	@$(VENV)/bin/clang-format -i csrc/*.h csrc/*.cc
+	@$(VENV)/bin/clang-format -i csrc/*.h csrc/*.cc tests/*.cc
 
 test: setup ## the core tier of every test; ends with a table of what ran on which implementation
-	@$(RUN) -m pytest $(WORKERS) -m "not full"
+	@$(RUN) -m pytest $(WORKERS) -m "not full and not wheel"
 
-test-full: setup ## every test, the long tier included
-	@$(RUN) -m pytest $(WORKERS)
+test-full: setup ## every test of the sources, the long tier included
+	@$(RUN) -m pytest $(WORKERS) -m "not wheel"
 
 test-sanitize: setup ## the C++ kernels under the address, undefined-behaviour and thread sanitizers
 	@$(RUN) tests/sanitize.py
@@ -85,6 +85,12 @@ wheel: setup ## dist/: the sdist, and from it a manylinux wheel for each of PYTH
 	@$(RUN) -m auditwheel repair --wheel-dir dist build/wheel/*.whl 2> build/wheel/auditwheel.log \
 	  || { cat build/wheel/auditwheel.log >&2; exit 1; }
 	@ls -l dist
+
+test-wheel: ## make wheel, then install each one into an environment of its own and test it; old processors in qemu
+	@command -v qemu-x86_64 >/dev/null || \
+	  { echo "make test-wheel: qemu-x86_64 not found (Debian, Ubuntu: apt-get install qemu-user)" >&2; exit 1; }
+	@$(MAKE) --no-print-directory wheel
+	@SIMVLM_WHEEL_PYTHONS="$(PYTHONS)" $(RUN) -m pytest -m wheel tests/test_wheel.py
 
 bench: setup ## time the kernels against their peers (OP=prefix_attention for one op)
 	@$(RUN) -m benchmarks $(if $(OP),--op $(OP))
