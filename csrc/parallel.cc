@@ -60,7 +60,7 @@ class Pool {
     inside_task = false;
     std::unique_lock<std::mutex> lock(mutex_);
     wanted_ = 0;  // a worker that has not woken yet need not: no index is left
-    done_.wait(lock, [this] { return active_ == 0; });
+    while (active_ != 0) wait(done_);
     job_ = nullptr;
     return true;
   }
@@ -81,7 +81,7 @@ class Pool {
     uint64_t seen = 0;
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
-      wake_.wait(lock, [&] { return generation_ != seen; });
+      while (generation_ == seen) wait(wake_);
       seen = generation_;
       if (wanted_ == 0) continue;
       --wanted_;
@@ -93,6 +93,10 @@ class Pool {
       if (--active_ == 0) done_.notify_one();
     }
   }
+
+  // With mutex_ held. std::condition_variable::wait would bind gcc 12's wheels to GLIBCXX_3.4.30, and so to
+  // manylinux_2_35.
+  void wait(std::condition_variable& event) { pthread_cond_wait(event.native_handle(), mutex_.native_handle()); }
 
   std::mutex entry_;  // one job at a time
   std::mutex mutex_;
