@@ -135,7 +135,8 @@ def _caption(arguments: argparse.Namespace) -> str:
     sample = Sampling(temperature=arguments.temperature, seed=arguments.seed) if arguments.sample else None
     options = {name: getattr(arguments, name) for name in ("prompt", "beam", "max_len")}
     texts, problems = caption(arguments.images, folder=arguments.model, sample=sample, **options)
-    lines = [f"{path}: {text}" for path, text in zip(arguments.images, texts, strict=True) if text is not None]
+    found = [(path, text) for path, text in zip(arguments.images, texts, strict=True) if text is not None]
+    lines = [f"{path}: {' '.join(text.splitlines())}" for path, text in found]  # a line each, whatever was drawn
     if problems:
         print("\n".join(lines))
         raise ValueError("; ".join(problems))

@@ -71,7 +71,7 @@ def call_op(registered: Any, run: Any, *args: Any) -> Any:
         return registered(*args)
     grad = torch.is_grad_enabled()
     for x in args:
-        special = isinstance(x, torch.Tensor) and type(x) not in (torch.Tensor, torch.nn.Parameter)
+        special = isinstance(x, torch.Tensor) and (x.is_meta or type(x) not in (torch.Tensor, torch.nn.Parameter))
         if special or (grad and isinstance(x, torch.Tensor) and x.requires_grad):
             return registered(*args)
     return run(*args)

@@ -43,7 +43,7 @@ def prefix_attention(
         q,
         k,
         v,
-        torch.as_tensor(layout.bounds),
+        torch.as_tensor(layout.bounds, dtype=torch.int32),
         rel_bias,
         scale,
         layout.is_padded,
