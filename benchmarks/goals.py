@@ -74,9 +74,30 @@ class _Run:
 def goals(contests: Iterable[Contest], op: str) -> list[Goal]:
     """The goals of an op; none for one that has none, or on a device that is no CPU."""
     found = list(contests)
-    if op != "prefix_attention" or not any("copy_gbytes_per_s" in contest["yardsticks"] for contest in found):
+    if not any("copy_gbytes_per_s" in contest["yardsticks"] for contest in found):
         return []
-    return [goal for dtype in ("float32", "bfloat16") for goal in _attention(_Run(found), dtype)]
+    run = _Run(found)
+    if op == "prefix_attention":
+        return [goal for dtype in DTYPES for goal in _attention(run, dtype)]
+    return [_ratio(run, dtype, *row) for row in _RATIOS.get(op, ()) for dtype in DTYPES]
+
+
+DTYPES = ("float32", "bfloat16")
+_NORMS = ("base_stem_b8", "base_stage_1_b8", "base_stage_2_b8", "base_stage_3_b8")
+# op: (case, direction, peer, its time ÷ ours at the least)
+_RATIOS: dict[str, tuple[tuple[str, str, str, float], ...]] = {
+    "batch_norm_act": tuple((case, "both", "torch", 1.5) for case in _NORMS),
+    "stem_step": (("base_b4", "step", "torch", 1.15),),
+    "demo_step": (("demo", "step", "simvlm reference", 1.5),),
+}
+
+
+def _ratio(run: _Run, dtype: str, case: str, direction: str, peer: str, at: float) -> Goal:
+    try:
+        measured: float | None = run.row(case, dtype, direction, peer)["ratio"]
+    except _Missing:
+        measured = None
+    return Goal(what=f"{case}: against {peer}", dtype=dtype, goal=at, measured=measured)
 
 
 def _attention(run: _Run, dtype: str) -> Iterable[Goal]:
