@@ -40,17 +40,6 @@ struct Few {
   }
 };
 
-// The sum of each of `lanes` vectors, in one vector.
-SIMVLM_INLINE vfloat sums_of(const float* vectors) {
-  vfloat x[lanes];
-  for (int64_t l = 0; l < lanes; ++l) x[l] = load(vectors + l * lanes);
-  transpose(x);
-  for (int64_t step = lanes / 2; step > 0; step /= 2) {
-    for (int64_t l = 0; l < step; ++l) x[l] += x[l + step];
-  }
-  return x[0];
-}
-
 // Entries of the table for query p and a vector of keys from `key` on; zeros where there is none.
 SIMVLM_INLINE vfloat bias_of(const AttentionForward& a, const Sequence& s, int64_t p, int64_t key, float factor) {
   vfloat bias = {};
@@ -77,12 +66,11 @@ bool few_task(const Few& few, int64_t split, int64_t n_begin, int64_t n_end) {
   if (keys < 1) return true;
   const Scale scale = scale_of(shape.scale);
 
-  // q [heads, queries, padded]; products [heads, queries, lanes, lanes]; scores [heads, queries, split_keys]
+  // q [heads, queries, padded]; scores [heads, queries, split_keys]
   const int64_t rows = heads * queries;
-  float* q = thread_scratch(rows * (padded + lanes * lanes + split_keys));
+  float* q = thread_scratch(rows * (padded + split_keys));
   if (q == nullptr) return false;
-  float* products = q + rows * padded;
-  float* scores = products + rows * lanes * lanes;
+  float* scores = q + rows * padded;
   for (int64_t n = 0; n < heads; ++n) {
     s.n = n_begin + n;
     for (int64_t i = 0; i < queries; ++i) {
@@ -90,27 +78,32 @@ bool few_task(const Few& few, int64_t split, int64_t n_begin, int64_t n_end) {
     }
   }
 
+  // Keys along the lanes, and each score summed over the channels in order, as tiles do: the backward pass computes the
+  // same float32 scores again and finds exactly P = 1 where a query sees one key.
   for (int64_t j = 0; j < keys; j += lanes) {
-    const int64_t count = least(lanes, keys - j);
-    for (int64_t l = 0; l < count; ++l) {
-      s.n = n_begin;
-      const auto* k = row_at<Float>(a.k, s, s.k_start + first + j + l);
-      for (int64_t n = 0; n < heads; ++n, k += a.k.head) {
-        for (int64_t i = 0; i < queries; ++i) {
-          const float* row = q + (n * queries + i) * padded;
-          vfloat sum = {};
-          over_vectors<Float>(width, [&](int64_t h, auto part) { sum += part.widen(k + h) * load(row + h); });
-          store(products + ((n * queries + i) * lanes + l) * lanes, sum);
-        }
-      }
-    }
+    const int64_t count = least(lanes, keys - j), ahead = least(lanes, keys - j - lanes);
     for (int64_t n = 0; n < heads; ++n) {
       s.n = n_begin + n;
+      prefetch_rows<Float>(a.k, s, width, s.k_start + first + j + lanes, ahead);
+      vfloat score[few_queries];
+      for (int64_t i = 0; i < queries; ++i) score[i] = bias_of(a, s, s.offset + i, first + j, scale.bias);
+      over_vectors<Float>(width, [&](int64_t h, auto part) {
+        vfloat k[lanes];
+        for (int64_t l = 0; l < lanes; ++l) {
+          k[l] = l < count ? part.widen(row_at<Float>(a.k, s, s.k_start + first + j + l) + h) : vfloat{};
+        }
+        transpose(k);
+        for (int64_t i = 0; i < queries; ++i) {
+          const float* row = q + (n * queries + i) * padded + h;
+          vfloat sum = score[i];
+#pragma GCC unroll 16
+          for (int64_t l = 0; l < lanes; ++l) sum = sum + k[l] * row[l];  // zeros past the last channel
+          score[i] = sum;
+        }
+      });
       for (int64_t i = 0; i < queries; ++i) {
-        const vfloat score =
-            sums_of(products + (n * queries + i) * lanes * lanes) + bias_of(a, s, s.offset + i, first + j, scale.bias);
         const vint seen = lane_index() < splat_int(least(lanes, most(0, s.limit(i) - first - j)));
-        store(scores + (n * queries + i) * split_keys + j, seen ? score : splat(-infinity));
+        store(scores + (n * queries + i) * split_keys + j, seen ? score[i] : splat(-infinity));
       }
     }
   }

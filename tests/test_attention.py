@@ -273,6 +273,22 @@ def test_a_token_that_must_not_be_seen_changes_nothing(impl):
         assert not torch.isclose(a[25:40], b[25:40]).any()
 
 
+@pytest.mark.parametrize("head_dim", [8, 64, 112])
+def test_one_key_has_a_probability_of_exactly_one(head_dim):
+    """Forward and backward find the very same float32 score, however many queries chose which path."""
+    for lens in ([1] * 200, [12] * 20):
+        layout = PrefixLayout.packed(lens, prefix_lens=0)
+        q, k, v, dout = (torch.randn(sum(lens), 2, head_dim) for _ in range(4))
+        first = torch.tensor([sum(lens[:i]) for i in range(len(lens))])
+        only = torch.zeros(sum(lens), 1, 1)
+        only[first] = 1.0
+        v.requires_grad_()
+        out = prefix_attention(q, k, v, layout, scale=0.5, impl="cpp")
+        (dv,) = torch.autograd.grad(out, v, dout * only)
+        assert torch.equal(out[first], v[first])
+        assert torch.equal(dv[first], dout[first])
+
+
 def test_overlapping_keys_are_read_by_every_owner():
     """Beams share one encoder output without a copy."""
     q, k, v = (torch.randn(rows, 2, 16) for rows in (3, 9, 9))
