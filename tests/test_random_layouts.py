@@ -3,8 +3,11 @@ strides, misaligned pointers, every head_dim; forward and all gradients, float32
 
 from __future__ import annotations
 
+import collections
+
 import attention_oracle
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -12,8 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from simvlm.kernels import parity
 from simvlm.kernels.attention import spec
 
-LENGTHS = st.integers(0, 12) | st.integers(0, 12) | st.sampled_from([15, 16, 17, 47, 48, 49, 63, 64, 65, 130, 193])
-"""Mostly short; sometimes about the edges of a kernel's tiles (48, 64) and chunks (192)."""
+EDGES = [15, 16, 17, 47, 48, 49, 63, 64, 65, 127, 128, 129, 193]
+LENGTHS = st.integers(0, 12) | st.integers(0, 12) | st.sampled_from(EDGES)
+"""Mostly short; sometimes about the edges of a kernel's tiles (48, 64), splits (128) and chunks (192)."""
+FEW = st.integers(0, 9)
+LONG = st.sampled_from([255, 256, 257, 300, 513])
+"""About the edges of the chunks of image keys (256), on a grid that has as many."""
 ORACLE_PAIRS = 1500
 """The naive loops take the short ones; float64 PyTorch, which agrees with them there, is the truth of the long ones."""
 
@@ -29,11 +36,14 @@ def one_thread():
 
 @st.composite
 def cases(draw) -> spec.Case:
-    batch = draw(st.integers(0, 4))
     kind = draw(st.sampled_from(["bidirectional", "causal", "prefix", "cross", "decode"]))
-    lens = st.lists(LENGTHS, min_size=batch, max_size=batch).map(tuple)
-    q_lens = draw(lens)
-    grid = draw(st.none() | st.tuples(st.integers(1, 9), st.integers(1, 14))) if kind != "cross" else None
+    long = draw(st.integers(0, 15)) == 0
+    batch = draw(st.integers(0, 4)) if not long else 1
+    lens = st.lists(LONG if long else LENGTHS, min_size=batch, max_size=batch).map(tuple)
+    few = st.lists(FEW, min_size=batch, max_size=batch).map(tuple)
+    q_lens = draw(few | lens if kind in ("cross", "decode") else lens)
+    sides = st.sampled_from([(16, 17), (9, 29), (23, 24)]) if long else st.tuples(st.integers(1, 9), st.integers(1, 14))
+    grid = draw(st.none() | sides) if kind != "cross" else None
     k_lens = prefix_lens = q_offsets = None
     if kind == "cross":
         k_lens = draw(lens)
@@ -60,7 +70,7 @@ def cases(draw) -> spec.Case:
         cross=kind == "cross",
         padded=padded if draw(st.booleans()) else None,
         tail=extra,
-        heads=draw(st.integers(1, 2)),
+        heads=draw(st.integers(1, 3)) if not long else 1,
         head_dim=8 * draw(st.integers(1, 16)),
         table=draw(st.booleans()),
         scale=draw(st.none() | st.floats(0.05, 0.5)),
@@ -68,7 +78,37 @@ def cases(draw) -> spec.Case:
     )
 
 
-def _check(case: spec.Case, seed: int, half: str) -> None:
+def _features(case: spec.Case, threads: int) -> set[str]:
+    """What a case reaches, of what must not be missed."""
+    layout = case.layout()
+    patches = layout.image_lens.clip(max=layout.k_lens) * case.has_table
+    work = case.heads * case.head_dim * int((layout.q_lens.astype(np.int64) * layout.k_lens).sum())
+    found = {
+        "few queries": bool((layout.q_lens[layout.k_lens > 0] <= 8).any()),
+        "few and many queries": len({length <= 8 for length in layout.q_lens}) == 2,
+        "few queries, several splits": bool(((layout.q_lens <= 8) & (layout.q_lens > 0) & (layout.k_lens > 128)).any()),
+        "a few patches of a long image": bool(((layout.q_lens <= 8) & (layout.q_lens > 0) & (patches > 128)).any()),
+        "several chunks of image keys": bool((patches > 256).any()),
+        # csrc/attention_tasks.h: a second thread from 2^18 multiply-adds on; attention_backward.cc: heads are cut
+        # where they are fewer than threads
+        "a head cut into tasks": threads > 1 and work > 2**19 and layout.batch * case.heads == 1,
+        "a cut head with chunks": threads > 1
+        and work > 2**19
+        and layout.batch * case.heads == 1
+        and patches.max() > 256,
+    }
+    return {name for name, there in found.items() if there}
+
+
+def _run_kernel(case: spec.Case, inputs: dict[str, np.ndarray], dtype: str, threads: int) -> dict[str, np.ndarray]:
+    torch.set_num_threads(threads)
+    try:
+        return parity.run(spec, case, inputs, "torch", "cpp", dtype)
+    finally:
+        torch.set_num_threads(1)
+
+
+def _check(case: spec.Case, seed: int, half: str, threads: int) -> None:
     for dtype in ("float32", half):
         inputs = {
             name: parity.rounded(x, "float32" if name in parity.PARAMETERS else dtype)
@@ -77,7 +117,7 @@ def _check(case: spec.Case, seed: int, half: str) -> None:
         yardstick = parity.run(spec, case, inputs, "torch", "reference", dtype)
         floors = spec.floors(case, inputs, dtype)
         exact = parity.run(spec, case, inputs, "torch", "reference", "float64")
-        kernel = parity.run(spec, case, inputs, "torch", "cpp", dtype)
+        kernel = _run_kernel(case, inputs, dtype, threads)
         truth = exact
         if sum(q * k for q, k in zip(case.q_lens, case.k_lens or case.q_lens, strict=True)) <= ORACLE_PAIRS:
             truth = attention_oracle.on_case(case, inputs)
@@ -88,17 +128,34 @@ def _check(case: spec.Case, seed: int, half: str) -> None:
 
 
 CHECKS = {"deadline": None, "derandomize": True, "database": None, "suppress_health_check": list(HealthCheck)}
-ARGUMENTS = {"case": cases(), "seed": st.integers(0, 2**31), "half": st.sampled_from(["bfloat16", "float16"])}
+ARGUMENTS = {
+    "case": cases(),
+    "seed": st.integers(0, 2**31),
+    "half": st.sampled_from(["bfloat16", "float16"]),
+    "threads": st.sampled_from([1, 3]),
+}
 
 
-@settings(max_examples=1000, **CHECKS)
-@given(**ARGUMENTS)
-def test_random_layouts(case, seed, half):
-    _check(case, seed, half)
+def _check_many(examples: int, least: int, **changes) -> None:
+    """So many layouts, among them at least `least` of each feature."""
+    reached = collections.Counter()
+
+    @settings(max_examples=examples, **CHECKS | changes)
+    @given(**ARGUMENTS)
+    def check(case, seed, half, threads):
+        reached.update({"layouts"} | _features(case, threads))
+        _check(case, seed, half, threads)
+
+    check()
+    assert reached.pop("layouts") >= examples
+    assert len(reached) == 7, sorted(reached)
+    assert min(reached.values()) >= least, reached
+
+
+def test_random_layouts():
+    _check_many(1000, 5)
 
 
 @pytest.mark.full
-@settings(max_examples=10_000, **CHECKS | {"derandomize": False})
-@given(**ARGUMENTS)
-def test_ten_thousand_random_layouts(case, seed, half):
-    _check(case, seed, half)
+def test_ten_thousand_random_layouts():
+    _check_many(10_000, 50, derandomize=False)
