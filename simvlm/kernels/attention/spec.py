@@ -31,6 +31,11 @@ UNIT = {"float32": 2.0**-21, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 delta = <dout, out> with out as it is stored, so one rounding of out is shared by all dS of a row; the unfused yardstick
 has no such term. Only an out kept in float32 (memory) or a second pass over the keys (two products) would avoid it."""
 
+DS = {"float32": 0.0, "bfloat16": 2.0**-9, "float16": 2.0**-12}
+"""times the root of the sum of squares of the terms of dq and dk: a kernel rounds dS to 16 bits before these products,
+as it does P before out and dv; the yardstick rounds dP instead, and where few terms are summed chance decides whose
+error is the larger."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
@@ -212,8 +217,9 @@ def floors(case: Case, inputs: dict[str, np.ndarray], dtype: str) -> dict[str, t
             lse = np.where(total > 0, np.log(np.maximum(total, 1e-300)) + top, 0.0)[:, 0]
             parts["out"].append(p_error @ np.abs(vb))
             parts["lse"].append(FLOOR * ((p * size).sum(-1) + np.abs(lse)))
-            parts["dq"].append(scale * ds @ np.abs(kb))
-            parts["dk"].append(scale * ds.T @ np.abs(qb))
+            squares = (p * (dp - delta[:, None])) ** 2
+            parts["dq"].append(scale * (ds @ np.abs(kb) + DS[dtype] * np.sqrt(squares @ kb**2)))
+            parts["dk"].append(scale * (ds.T @ np.abs(qb) + DS[dtype] * np.sqrt(squares.T @ qb**2)))
             parts["dv"].append(p_error.T @ np.abs(do))
             if dtable is not None and bias_index is not None:
                 np.add.at(dtable[n], (rows[inside], cols[inside]), ds[inside])
