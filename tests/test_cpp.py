@@ -44,6 +44,15 @@ def test_levels_can_be_chosen(level):
             assert _cpp.level() == name
 
 
+def test_the_levels_that_run_are_those_of_the_processor():
+    """Tests of a level are skipped where the module says that it does not run: the module must not say so wrongly."""
+    flags = set(re.search(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1].split())
+    avx2 = {"avx2", "fma", "f16c"}
+    avx512 = avx2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+    needed = {"baseline": set(), "avx2": avx2, "avx512": avx512, "avx512_bf16": avx512 | {"avx512_bf16"}}
+    assert dict(_cpp.levels()) == {name: needed[name] <= flags for name, _ in _cpp.levels()}
+
+
 def test_a_level_that_is_not_there_is_refused(level):
     before = _cpp.level()
     with pytest.raises(ValueError, match=r"SIMVLM_CPU_LEVEL must be .*baseline.*, got 'avx1024'"):
