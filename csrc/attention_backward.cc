@@ -326,9 +326,7 @@ bool backward_of(const AttentionBackward& a) {
 }  // namespace
 
 bool attention_backward(const AttentionBackward& a) {
-  return a.shape.dtype == DType::float32    ? backward_of<Float32>(a)
-         : a.shape.dtype == DType::bfloat16 ? backward_of<BFloat16>(a)
-                                            : backward_of<Float16>(a);
+  return of_dtype(a.shape.dtype, [&](auto f) { return backward_of<decltype(f)>(a); });
 }
 
 }  // namespace simvlm::SIMVLM_LEVEL

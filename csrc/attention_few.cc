@@ -230,9 +230,7 @@ bool few_of(const AttentionForward& a) {
 }  // namespace
 
 bool attention_few(const AttentionForward& a) {
-  return a.shape.dtype == DType::float32    ? few_of<Float32>(a)
-         : a.shape.dtype == DType::bfloat16 ? few_of<BFloat16>(a)
-                                            : few_of<Float16>(a);
+  return of_dtype(a.shape.dtype, [&](auto f) { return few_of<decltype(f)>(a); });
 }
 
 }  // namespace simvlm::SIMVLM_LEVEL

@@ -201,9 +201,7 @@ bool attention_forward(const AttentionForward& a) {
   for (int64_t b = 0; b < a.shape.batch; ++b) (q_lens[b] <= few_queries ? few : many) = true;
   if (few && !attention_few(a)) return false;
   if (!many) return true;
-  return a.shape.dtype == DType::float32    ? forward_of<Float32>(a)
-         : a.shape.dtype == DType::bfloat16 ? forward_of<BFloat16>(a)
-                                            : forward_of<Float16>(a);
+  return of_dtype(a.shape.dtype, [&](auto f) { return forward_of<decltype(f)>(a); });
 }
 
 }  // namespace simvlm::SIMVLM_LEVEL

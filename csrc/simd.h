@@ -308,11 +308,12 @@ SIMVLM_INLINE int threads_for(int threads, int64_t elements) {
   return static_cast<int>(least(threads, 1 + elements / 65536));
 }
 
-// A function for parallel_for, made for one dtype: choose(Float{}) returns it.
+// A function for parallel_for.
 typedef void (*Task)(void* context, int64_t index);
 
+// choose(Float{}) for the dtype's Float: what it does, or the function that it names.
 template <class Choose>
-SIMVLM_INLINE Task of_dtype(DType dtype, Choose choose) {
+SIMVLM_INLINE auto of_dtype(DType dtype, Choose choose) {
   return dtype == DType::float32    ? choose(Float32{})
          : dtype == DType::bfloat16 ? choose(BFloat16{})
                                     : choose(Float16{});
