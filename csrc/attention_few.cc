@@ -1,8 +1,9 @@
 // Prefix attention forward for sequences of a few queries, decoding above all, for one CPU level.
 //
 // With one query a tile's lanes would be idle, and the time is that of reading K and V once: a task reads a split of
-// the keys, of fixed size, row after row through all its heads. What the splits of a sequence found is then joined in
-// order, so one query keeps every thread busy and the result depends neither on the threads nor on the batch.
+// the keys, of fixed size, for all its heads, K by vectors of rows and V row by row. What the splits of a sequence
+// found is then joined in order, so one query keeps every thread busy and the result depends neither on the threads nor
+// on the batch.
 #include <cmath>
 
 #include "attention_rows.h"
