@@ -1,10 +1,11 @@
 // Prefix attention forward for sequences of a few queries, decoding above all, for one CPU level.
 //
 // With one query a tile's lanes would be idle, and the time is that of reading K and V once: a task reads a split of
-// the keys, of fixed size, for all its heads, K by vectors of rows and V row by row. What the splits of a sequence
-// found is then joined in order, so one query keeps every thread busy and the result depends neither on the threads nor
-// on the batch.
+// the keys, of fixed size, for all its heads, K by `lanes` rows at a time and V row by row. What the splits of a
+// sequence found is then joined in order, so one query keeps every thread busy and the result depends neither on the
+// threads nor on the batch.
 #include <cmath>
+#include <type_traits>
 
 #include "attention_rows.h"
 #include "attention_tasks.h"
@@ -55,56 +56,75 @@ SIMVLM_INLINE vfloat bias_of(const AttentionForward& a, const Sequence& s, int64
   return bias;
 }
 
+// <q, k> + bias of `lanes` keys, row l of which begins at k + row[l]; q as words, zeros past the last channel.
+template <class Float>
+SIMVLM_INLINE vfloat score_keys(const typename Float::Storage* k, const int64_t (&row)[lanes], int64_t width,
+                                const float* q, vfloat bias) {
+  typedef typename WordsOf<Float>::Type Words;
+  typedef std::conditional_t<Words::pack == 1, Float, Float32> Word;  // as which a word of K is read
+  const auto at = [&](int64_t l, int64_t h) {
+    return reinterpret_cast<const typename Word::Storage*>(k + row[l] + h * Words::pack);
+  };
+  const int64_t words = width / Words::pack;
+  if constexpr (std::is_same_v<Float, Float32>) {
+    // Each score is summed over the channels in order, as tiles do: the backward pass computes the same score again and
+    // finds exactly P = 1 where a query sees one key.
+    over_vectors<Word>(words, [&](int64_t h, auto part) {
+      vfloat x[lanes];
+#pragma GCC unroll 16
+      for (int64_t l = 0; l < lanes; ++l) x[l] = part.widen(at(l, h));
+      transpose(x);
+#pragma GCC unroll 16
+      for (int64_t l = 0; l < lanes; ++l) bias = bias + x[l] * q[h + l];
+    });
+    return bias;
+  } else {
+    vfloat sum[lanes] = {};
+    over_vectors<Word>(words, [&](int64_t h, auto part) {
+      const vfloat x = load(q + h);
+#pragma GCC unroll 16
+      for (int64_t l = 0; l < lanes; ++l) sum[l] = Words::multiply_add(sum[l], part.widen(at(l, h)), x);
+    });
+    return sums_of(sum) + bias;
+  }
+}
+
 // One split, for heads n_begin … n_end.
 template <class Float>
 bool few_task(const Few& few, int64_t split, int64_t n_begin, int64_t n_end) {
   const AttentionForward& a = *few.a;
   const AttentionShape& shape = a.shape;
-  const int64_t width = shape.head_dim, padded = few.width(), heads = n_end - n_begin;
+  const int64_t width = shape.head_dim, heads = n_end - n_begin;
   Sequence s = sequence_of(shape, few.splits[split].b, n_begin);
   const int64_t first = few.splits[split].number * split_keys, queries = s.q_len;
   const int64_t keys = least(split_keys, s.limit(queries - 1) - first);
   if (keys < 1) return true;
   const Scale scale = scale_of(shape.scale);
 
-  // q [heads, queries, padded]; scores [heads, queries, split_keys]
-  const int64_t rows = heads * queries;
-  float* q = thread_scratch(rows * (padded + split_keys));
+  // q [heads, queries, words]; scores [heads, queries, split_keys]
+  typedef typename WordsOf<Float>::Type Words;
+  const int64_t words = round_up(width, Words::pack * lanes) / Words::pack, rows = heads * queries;
+  float* q = thread_scratch(rows * (words + split_keys));
   if (q == nullptr) return false;
-  float* scores = q + rows * padded;
+  float* scores = q + rows * words;
   for (int64_t n = 0; n < heads; ++n) {
     s.n = n_begin + n;
-    for (int64_t i = 0; i < queries; ++i) {
-      row_to_words<Floats, Float>(row_at<Float>(a.q, s, s.q_start + i), width, scale.q, q + (n * queries + i) * padded);
-    }
+    rows_to_words<Words, Float>(a.q, s, s.q_start, queries, queries, width, scale.q, q + n * queries * words);
   }
 
-  // Keys along the lanes, and each score summed over the channels in order, as tiles do: the backward pass computes the
-  // same float32 scores again and finds exactly P = 1 where a query sees one key.
   for (int64_t j = 0; j < keys; j += lanes) {
     const int64_t count = least(lanes, keys - j), ahead = least(lanes, keys - j - lanes);
+    int64_t row[lanes];  // past the last key that one again: nobody sees these lanes
+    for (int64_t l = 0; l < lanes; ++l) row[l] = least(l, count - 1) * a.k.row;
     for (int64_t n = 0; n < heads; ++n) {
       s.n = n_begin + n;
       prefetch_rows<Float>(a.k, s, width, s.k_start + first + j + lanes, ahead);
-      vfloat score[few_queries];
-      for (int64_t i = 0; i < queries; ++i) score[i] = bias_of(a, s, s.offset + i, first + j, scale.bias);
-      over_vectors<Float>(width, [&](int64_t h, auto part) {
-        vfloat k[lanes];
-        for (int64_t l = 0; l < lanes; ++l) {
-          k[l] = l < count ? part.widen(row_at<Float>(a.k, s, s.k_start + first + j + l) + h) : vfloat{};
-        }
-        transpose(k);
-        for (int64_t i = 0; i < queries; ++i) {
-          const float* row = q + (n * queries + i) * padded + h;
-          vfloat sum = score[i];
-#pragma GCC unroll 16
-          for (int64_t l = 0; l < lanes; ++l) sum = sum + k[l] * row[l];  // zeros past the last channel
-          score[i] = sum;
-        }
-      });
+      const auto* k = row_at<Float>(a.k, s, s.k_start + first + j);
       for (int64_t i = 0; i < queries; ++i) {
+        const vfloat bias = bias_of(a, s, s.offset + i, first + j, scale.bias);
+        const vfloat score = score_keys<Float>(k, row, width, q + (n * queries + i) * words, bias);
         const vint seen = lane_index() < splat_int(least(lanes, most(0, s.limit(i) - first - j)));
-        store(scores + (n * queries + i) * split_keys + j, seen ? score[i] : splat(-infinity));
+        store(scores + (n * queries + i) * split_keys + j, seen ? score : splat(-infinity));
       }
     }
   }
@@ -123,20 +143,20 @@ bool few_task(const Few& few, int64_t split, int64_t n_begin, int64_t n_end) {
       const Found found = few.at(split, n_begin + n, i);
       *found.top = top;
       *found.total = reduce_add(total);
-      clear(found.sum, padded);
+      clear(found.sum, few.width());
     }
   }
 
   for (int64_t j = 0; j < keys; ++j) {
     s.n = n_begin;
     const auto* v = row_at<Float>(a.v, s, s.k_start + first + j);
+    const float* p = scores + j;
+    float* sum = few.at(split, n_begin, 0).sum;  // and those of all heads and queries after it
     for (int64_t n = 0; n < heads; ++n, v += a.v.head) {
-      for (int64_t i = 0; i < queries; ++i) {
-        const float p = scores[(n * queries + i) * split_keys + j];
-        if (p == 0.0f) continue;  // a key that this query does not see
-        float* sum = few.at(split, n_begin + n, i).sum;
+      for (int64_t i = 0; i < queries; ++i, p += split_keys, sum += few.size()) {
+        if (*p == 0.0f) continue;  // a key that this query does not see
         over_vectors<Float>(width,
-                            [&](int64_t h, auto part) { store(sum + h, load(sum + h) + part.widen(v + h) * p); });
+                            [&](int64_t h, auto part) { store(sum + h, load(sum + h) + part.widen(v + h) * *p); });
       }
     }
   }

@@ -103,6 +103,17 @@ SIMVLM_INLINE void transpose_by(vfloat* x) {
 // x[i][j] and x[j][i] change places.
 SIMVLM_INLINE void transpose(vfloat (&x)[lanes]) { transpose_by<lanes / 2>(x); }
 
+// Lane i: the sum of x[i].
+template <int Step = lanes / 2>
+SIMVLM_INLINE vfloat sums_of(vfloat* x) {
+  for (int i = 0; i < Step; ++i) {
+    swap_blocks<Step>(x[i], x[i + Step], typename Count<lanes>::To{});
+    x[i] += x[i + Step];
+  }
+  if constexpr (Step > 1) return sums_of<Step / 2>(x);
+  return x[0];
+}
+
 // Each lane and the one `Step` lanes on, and so on: a sum in a fixed order.
 template <int Step, int... I>
 SIMVLM_INLINE vfloat rotate(vfloat v, Indices<I...>) {
