@@ -69,15 +69,16 @@ SIMVLM_INLINE vfloat score_keys(const typename Float::Storage* k, const int64_t 
   if constexpr (std::is_same_v<Float, Float32>) {
     // Each score is summed over the channels in order, as tiles do: the backward pass computes the same score again and
     // finds exactly P = 1 where a query sees one key.
+    vfloat sum = {};
     over_vectors<Word>(words, [&](int64_t h, auto part) {
       vfloat x[lanes];
 #pragma GCC unroll 16
       for (int64_t l = 0; l < lanes; ++l) x[l] = part.widen(at(l, h));
       transpose(x);
 #pragma GCC unroll 16
-      for (int64_t l = 0; l < lanes; ++l) bias = bias + x[l] * q[h + l];
+      for (int64_t l = 0; l < lanes; ++l) sum = sum + x[l] * q[h + l];
     });
-    return bias;
+    return sum + bias;
   } else {
     vfloat sum[lanes] = {};
     over_vectors<Word>(words, [&](int64_t h, auto part) {

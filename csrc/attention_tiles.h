@@ -204,14 +204,16 @@ SIMVLM_INLINE void score_block(const AttentionShape& shape, const Sequence& s, c
     float* to = scores + m * query_tile;
     meanwhile(m);
     const int64_t biased = patches - m;
+    // The bias comes last: sums that begin with it round every product to its size.
     product_group<Words, Vectors>(
-        p, [&](int r, int v) { return r < biased ? load(to + r * query_tile + v * lanes) : vfloat{}; },
+        p, [](int, int) { return vfloat{}; },
         [&](auto& sum) {
 #pragma GCC unroll 3
           for (int v = 0; v < Vectors; ++v) {
             vfloat highest = load(top + v * lanes);
 #pragma GCC unroll 8
             for (int r = 0; r < group; ++r) {
+              if (r < biased) sum[r][v] += load(to + r * query_tile + v * lanes);
               if (!all_seen) {
                 sum[r][v] = splat_int(first_key + m + r) < tile.limits[v] ? sum[r][v] : splat(-infinity);
               }
