@@ -43,7 +43,7 @@ def cases(draw) -> spec.Case:
     few = st.lists(FEW, min_size=batch, max_size=batch).map(tuple)
     q_lens = draw(few | lens if kind in ("cross", "decode") else lens)
     sides = st.sampled_from([(16, 17), (9, 29), (23, 24)]) if long else st.tuples(st.integers(1, 9), st.integers(1, 14))
-    grid = draw(st.none() | sides) if kind != "cross" else None
+    grid = draw(sides if long else st.none() | sides) if kind != "cross" else None
     k_lens = prefix_lens = q_offsets = None
     if kind == "cross":
         k_lens = draw(lens)
@@ -72,7 +72,7 @@ def cases(draw) -> spec.Case:
         tail=extra,
         heads=draw(st.integers(1, 3)) if not long else 1,
         head_dim=8 * draw(st.integers(1, 16)),
-        table=draw(st.booleans()),
+        table=long or draw(st.booleans()),  # long images are there for their tables
         scale=draw(st.none() | st.floats(0.05, 0.5)),
         memory=draw(st.sampled_from(["contiguous", "fused" if square else "misaligned", "misaligned"])),
     )
