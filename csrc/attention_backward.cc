@@ -67,19 +67,26 @@ struct Gradients {
   float *p_rows, *ds_rows, *ds_paired;
 };
 
-// scores → P = 2^((scores − base)·exponent) and dp → dS = P·(dP − delta); where `Masked`, both exactly 0 where a query
-// does not see the key, whatever dP is.
+// What the softmax of each query of a tile is made of: a score less its lse, in the scores' units, is less `base` and
+// less what float32 rounded off `base`, which times the exponent of 2 is `rest`.
+struct Softmax {
+  alignas(64) float base[query_tile], rest[query_tile], delta[query_tile];
+};
+
+// scores → P = 2^((scores − base)·exponent + rest) and dp → dS = P·(dP − delta); where `Masked`, both exactly 0 where a
+// query does not see the key, whatever dP is.
 template <class Words, int Vectors, bool Masked>
-void softmax_gradient(int64_t rows, float exponent, const float* base, const float* delta, const Gradients& g) {
+void softmax_gradient(int64_t rows, float exponent, const Softmax& softmax, const Gradients& g) {
   for (int v = 0; v < Vectors; ++v) {
-    const vfloat row_base = load(base + v * lanes), row_delta = load(delta + v * lanes);
+    const vfloat base = load(softmax.base + v * lanes), rest = load(softmax.rest + v * lanes);
+    const vfloat delta = load(softmax.delta + v * lanes);
     for (int64_t j = 0; j < rows; j += 2) {
       vfloat p[2], ds[2];
       for (int i = 0; i < 2; ++i) {
         const int64_t at = (j + i) * query_tile + v * lanes;
         const vfloat score = load(g.p + at);
-        p[i] = exp2_nonpositive((score - row_base) * exponent);
-        ds[i] = p[i] * (load(g.ds + at) - row_delta);
+        p[i] = exp2_nonpositive((score - base) * exponent + rest);
+        ds[i] = p[i] * (load(g.ds + at) - delta);
         if constexpr (Masked) ds[i] = score == splat(-infinity) ? vfloat{} : ds[i];
         store(g.ds + at, ds[i]);
         if constexpr (Words::pack == 1) {
@@ -121,8 +128,8 @@ void add_to_table(const AttentionShape& shape, const Sequence& s, const Windows&
 
 template <class Words, int Vectors>
 void backward_block(const AttentionBackward& a, const Sequence& s, const Share& share, const Scratch& at,
-                    float* scratch, const Tile& tile, const float* base, const float* delta, float exponent,
-                    int64_t first_key, int64_t keys, float* dtable) {
+                    float* scratch, const Tile& tile, const Softmax& softmax, float exponent, int64_t first_key,
+                    int64_t keys, float* dtable) {
   const AttentionShape& shape = a.shape;
   const int64_t width = round_up(shape.head_dim, lanes), rows = round_up(keys, group), depth = Vectors * lanes;
   const int64_t words_row = round_up(shape.head_dim, Words::pack * lanes) / Words::pack;
@@ -146,9 +153,9 @@ void backward_block(const AttentionBackward& a, const Sequence& s, const Share& 
         [&](const auto& sum) { store_sums<Vectors>(sum, g.ds + m * query_tile, query_tile); });
   }
   if (s.limit(tile.first) >= first_key + rows) {
-    softmax_gradient<Words, Vectors, false>(rows, exponent, base, delta, g);
+    softmax_gradient<Words, Vectors, false>(rows, exponent, softmax, g);
   } else {
-    softmax_gradient<Words, Vectors, true>(rows, exponent, base, delta, g);
+    softmax_gradient<Words, Vectors, true>(rows, exponent, softmax, g);
   }
   if (dtable != nullptr && tile.table != nullptr) {
     add_to_table<Vectors>(shape, s, tile.windows, first_key, keys, g.ds, dtable);
@@ -223,7 +230,8 @@ bool backward_task(const AttentionBackward& a, int64_t b, int64_t n, const Share
 
   Tile tile;
   tile.q = scratch + at.q_tile;
-  alignas(64) float base[query_tile], delta[query_tile], factor[query_tile];
+  Softmax softmax;
+  float factor[query_tile];
   for (int64_t i = 0; i < query_tile; ++i) factor[i] = shape.scale;
   for (int64_t first = share.q_begin; first < share.q_end; first += query_tile) {
     const int64_t rows = least(query_tile, share.q_end - first), whole = round_up(rows, lanes);
@@ -239,10 +247,13 @@ bool backward_task(const AttentionBackward& a, int64_t b, int64_t n, const Share
       if (share.v) pair_rows<Words>({scratch + at.dout, words_row}, whole, width, scratch + at.dout_paired);
     }
     for (int64_t i = 0; i < query_tile; ++i) {
-      base[i] = i < rows ? a.lse[s.lse_start + (first + i) * shape.heads] * scale.bias : infinity;
-      delta[i] = 0.0f;
+      const double base = i < rows ? a.lse[s.lse_start + (first + i) * shape.heads] / double{scale.rest} : infinity;
+      softmax.base[i] = static_cast<float>(base);
+      const double left = softmax.base[i] - base;
+      softmax.rest[i] = left == left ? static_cast<float>(left * scale.log2) : 0.0f;  // infinities leave NaN
+      softmax.delta[i] = 0.0f;
     }
-    deltas<Float>(a, s, tile, delta);
+    deltas<Float>(a, s, tile, softmax.delta);
     if (share.q) clear(scratch + at.dq, round_up(width, lanes) * query_tile);
 
     prefetch_tile(first + query_tile);
@@ -253,7 +264,7 @@ bool backward_task(const AttentionBackward& a, int64_t b, int64_t n, const Share
       float* to = dtable == nullptr || key >= s.image_len
                       ? nullptr
                       : dtable + (key - share.k_begin) / table_chunk * table_part(shape);
-      run(a, s, share, at, scratch, tile, base, delta, scale.log2, key, least(key_block, seen - key), to);
+      run(a, s, share, at, scratch, tile, softmax, scale.log2, key, least(key_block, seen - key), to);
     }
     if (share.q) tile_to_rows<Float>(scratch + at.dq, width, factor, a.dq, s, s.q_start + first, rows);
   }
