@@ -31,10 +31,10 @@ UNIT = {"float32": 2.0**-21, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 delta = <dout, out> with out as it is stored, so one rounding of out is shared by all dS of a row; the unfused yardstick
 has no such term. Only an out kept in float32 (memory) or a second pass over the keys (two products) would avoid it."""
 
-DS = {"float32": 0.0, "bfloat16": 2.0**-9, "float16": 2.0**-12}
-"""times the root of the sum of squares of the terms of dq and dk: a kernel rounds dS to 16 bits before these products,
-as it does P before out and dv; the yardstick rounds dP instead, and where few terms are summed chance decides whose
-error is the larger."""
+HALF_UNIT = {"float32": 0.0, "bfloat16": 2.0**-9, "float16": 2.0**-12}
+"""of the last place of 16 bits. Times the root of the sum of squares of the terms of dq and dk: a kernel rounds dS before
+these products, as it does P before out and dv; the yardstick rounds dP instead, and where few terms are summed chance
+decides whose error is the larger. Times an array's largest element: the array itself is rounded."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -188,6 +188,7 @@ def floors(case: Case, inputs: dict[str, np.ndarray], dtype: str) -> dict[str, t
         inputs[name].reshape(-1, *inputs[name].shape[len(case.shapes()[0]) :]).astype(np.float64)
         for name in ("q", "k", "v", "dout", "dlse")
     )
+    stored_rounding = dict.fromkeys(parts, 0.0)  # of the array's largest element: a yardstick may be luckier than that
     scale = case.softmax_scale
     table = inputs.get("rel_bias")
     dtable = None if table is None else np.zeros(table.shape)
@@ -215,18 +216,24 @@ def floors(case: Case, inputs: dict[str, np.ndarray], dtype: str) -> dict[str, t
             p_error = p * (FLOOR + SCORE * size)
             ds = p_error * (np.abs(dp) + np.abs(delta)[:, None]) + p * UNIT[dtype] * stored[:, None]
             lse = np.where(total > 0, np.log(np.maximum(total, 1e-300)) + top, 0.0)[:, 0]
+            exact = p * (dp - delta[:, None])
+            for name, x in (("out", out), ("dq", scale * exact @ kb), ("dk", scale * exact.T @ qb), ("dv", p.T @ do)):
+                stored_rounding[name] = max(stored_rounding[name], HALF_UNIT[dtype] * np.abs(x).max(initial=0.0))
             parts["out"].append(p_error @ np.abs(vb))
             parts["lse"].append(FLOOR * ((p * size).sum(-1) + np.abs(lse)))
-            squares = (p * (dp - delta[:, None])) ** 2
-            parts["dq"].append(scale * (ds @ np.abs(kb) + DS[dtype] * np.sqrt(squares @ kb**2)))
-            parts["dk"].append(scale * (ds.T @ np.abs(qb) + DS[dtype] * np.sqrt(squares.T @ qb**2)))
+            squares = exact**2
+            parts["dq"].append(scale * (ds @ np.abs(kb) + HALF_UNIT[dtype] * np.sqrt(squares @ kb**2)))
+            parts["dk"].append(scale * (ds.T @ np.abs(qb) + HALF_UNIT[dtype] * np.sqrt(squares.T @ qb**2)))
             parts["dv"].append(p_error.T @ np.abs(do))
             if dtable is not None and bias_index is not None:
                 np.add.at(dtable[n], (rows[inside], cols[inside]), ds[inside])
     if dtable is not None:
         parts["drel_bias"].append(dtable)
     joined = {name: np.concatenate([part.ravel() for part in found]) for name, found in parts.items() if found}
-    return {name: (x.max(initial=0.0), math.sqrt(np.mean(x**2)) if x.size else 0.0) for name, x in joined.items()}
+    return {
+        name: (x.max(initial=0.0) + stored_rounding[name], math.sqrt(np.mean(x**2)) if x.size else 0.0)
+        for name, x in joined.items()
+    }
 
 
 def _bias_index(case: Case, layout: PrefixLayout, b: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
