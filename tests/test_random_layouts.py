@@ -125,7 +125,7 @@ def _check(case: spec.Case, seed: int, half: str, threads: int) -> None:
         for name, want in truth.items():
             attention_oracle.assert_same(exact[name], want, name)
             found = parity.compare(spec, name, dtype, kernel[name], want, yardstick[name], floors.get(name, (0.0, 0.0)))
-            # The rms of few independent errors, a row's share its P, is itself uncertain by 1/√rows, ours as the yardstick's.
+            # An rms of few independent errors (those of a row share its P) is itself uncertain, by a part in √rows.
             rows = want.size if want.ndim < 3 else want.size // want.shape[-1]
             chance = 1 + 2 / math.sqrt(max(rows, 1))
             found = [v for v in found if v.measure != "rms" or v.error > chance * v.limit]
