@@ -4,7 +4,7 @@
 
 One program per (tile of queries, head, sequence) forward and for dq, per (tile of keys, head, sequence) for dk and dv;
 which tiles it meets it derives from the layout's integers, on the device. Saved for backward: out and lse. The kernels
-are in `triton_gpu_forward.py` and `triton_gpu_backward.py`; Triton is imported when the first call runs, because that
+are in `triton_gpu_forward.py`, `triton_gpu_backward.py` and `triton_gpu_table.py`; Triton is imported when the first call runs, because that
 takes half a second. Sums are float32; tiles have fixed sizes, so that a sequence's numbers do not depend on its batch.
 With TRITON_INTERPRET=1 the kernels run on CPU tensors, slowly, for tests.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import os
 from typing import Any
 
@@ -23,8 +24,8 @@ from simvlm.kernels.attention.layout import PrefixLayout
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SCRATCH_BYTES = 64 * 2**20
-"""Room for the sums of ds over pairs of patches; grids with more pairs go through it a few image rows at a time."""
-
+"""Room for the sums of ds over pairs of patches (grids with more go through it a few image rows at a time), and for the
+expanded table (grids with more gather it)."""
 
 _ROW_STRIDE = 2**24
 """In elements: the kernels place a tile with 64-bit numbers and the rows inside it with 32-bit ones."""
@@ -67,20 +68,26 @@ def forward(
     if layout.batch == 0 or q.numel() == 0:
         return out.zero_(), lse.fill_(float("-inf"))
     heads, head_dim = q.shape[-2:]
-    blocks = _blocks(head_dim, q.dtype, backward=False)
+    blocks = _blocks(head_dim, q.dtype)
     tiles, rows = _tiles(layout.max_q_len, q, layout, blocks["BLOCK_T"])
+    factor, rest, inverse = _scale_parts(scale)
     with torch.cuda.device_of(q):
+        table, form = _table(rel_bias, q, layout, inverse, blocks)
         forward_kernel[(tiles * heads * layout.batch,)](
-            *(_rows(x, layout) for x in (q, k, v, out)),
+            *(_rows(_aligned(x), layout) for x in (q, k, v)),
+            _rows(out, layout),
             lse,
-            _float_table(rel_bias),
+            table,
             layout.bounds,
             layout.batch,
             heads,
             tiles,
             rows,
-            scale,
-            **_shared(q, layout, rel_bias),
+            factor,
+            rest,
+            inverse,
+            FORM=form,
+            **_constants(q, layout),
             **blocks,
         )
     return out, lse
@@ -138,94 +145,150 @@ def _launch_backward(
     dtable: Tensor | None,
 ) -> None:
     """Fills those of dq, dk, dv (the two together) and dtable that are there."""
+    from simvlm.kernels.attention.triton_gpu_table import table_pairs_kernel, table_sum_kernel
+
     heads, head_dim = q.shape[-2:]
-    shared, blocks = _shared(q, layout, rel_bias), _blocks(head_dim, q.dtype, backward=True)
-    delta = torch.empty(lse.shape, dtype=torch.float32, device=q.device)
-    if dout.stride(-1) != 1 or abs(dout.stride(-3)) > _ROW_STRIDE:
-        dout = dout.contiguous()
-    inputs = *(_rows(x, layout) for x in (q, k, v, dout)), lse.contiguous(), delta
+    constants, blocks = _constants(q, layout), _blocks(head_dim, q.dtype)
+    total = lse.numel() // heads
+    scales = factor, rest, inverse = _scale_parts(scale)
+    lse2, delta = torch.empty(2, heads, total, dtype=torch.float32, device=q.device).unbind()
+    inputs = *(_rows(_aligned(x), layout) for x in (q, k, v, dout)), lse2, delta
     tiles, rows = _tiles(layout.max_q_len, q, layout, blocks["BLOCK_T"])
-    table = _float_table(rel_bias)
     programs = heads * layout.batch
     kernels.delta_kernel[(tiles * programs,)](
         inputs[3],
         _rows(out, layout),
-        *_rows(dlse[..., None], layout),
+        lse.contiguous(),
+        dlse.contiguous(),
+        lse2,
         delta,
         layout.bounds,
         layout.batch,
         heads,
         tiles,
+        total,
         PADDED=layout.is_padded,
-        WIDTHS=shared["WIDTHS"],
+        WIDTHS=constants["WIDTHS"],
         BLOCK_T=blocks["BLOCK_T"],
     )
+    table, form = _table(rel_bias, q, layout, inverse, blocks)
     if dq is not None:
         kernels.dq_kernel[(tiles * programs,)](
-            *inputs,
-            _rows(dq, layout),
-            table,
-            layout.bounds,
-            layout.batch,
-            heads,
-            tiles,
-            rows,
-            scale,
-            **shared,
-            **blocks,
-        )
+            *inputs, _rows(dq, layout), table, layout.bounds, layout.batch, heads, tiles, rows, total, *scales,
+            FORM=form, **constants, **blocks,
+        )  # fmt: skip
     if dk is not None and dv is not None:
-        tiles, rows = _tiles(layout.max_k_len, k, layout, blocks["BLOCK_S"])
+        pair = _blocks(head_dim, q.dtype, sums=2)
+        tiles, rows = _tiles(layout.max_k_len, k, layout, pair["BLOCK_S"])
         grads = _rows(dk, layout), _rows(dv, layout)
+        transposed, _ = _table(rel_bias, q, layout, inverse, pair, transposed=True)
         kernels.dk_dv_kernel[(tiles * programs,)](
-            *inputs, *grads, table, layout.bounds, layout.batch, heads, tiles, rows, scale, **shared, **blocks
-        )
+            *inputs, *grads, transposed, layout.bounds, layout.batch, heads, tiles, rows, total, *scales,
+            FORM=form, **constants, **pair,
+        )  # fmt: skip
     if dtable is not None and layout.image_grid is not None:
         height, width = layout.image_grid
         at_once = _rows_at_once(heads, layout.image_grid)
         if q.dtype == torch.float32:  # this kernel holds four tiles of rows at once
-            blocks |= {"BLOCK_T": 16, "num_warps": 4}
+            blocks |= {"BLOCK_T": 16, "num_warps": 4, "WARPS": 4}
+        if q.dtype == torch.float32 or at_once < height:  # other tiles than those of the expanded table
+            table, form = _float_table(rel_bias), "gathered"
         pairs = torch.empty(heads * at_once * width * height * width, dtype=torch.float32, device=q.device)
         tiles_j = -(-height * width // blocks["BLOCK_S"])
         c, d = (min(_power_of_two(n), most) for n, most in ((width, 32), (2 * width - 1, 64)))
         for begin in range(0, height, at_once):
             end = min(begin + at_once, height)
             tiles_p = -(-(end - begin) * width // blocks["BLOCK_T"])
-            kernels.table_pairs_kernel[(tiles_p * tiles_j * heads,)](
+            table_pairs_kernel[(tiles_p * tiles_j * heads,)](
                 *inputs, pairs, table, layout.bounds, layout.batch, heads, tiles_p, tiles_j,
-                begin * width, end * width, scale, **shared, **blocks,
+                begin * width, end * width, total, *scales, FORM=form, **constants, **blocks,
             )  # fmt: skip
-            kernels.table_sum_kernel[(heads * (2 * height - 1), -(-(2 * width - 1) // d))](
+            table_sum_kernel[(heads * (2 * height - 1), -(-(2 * width - 1) // d))](
                 pairs, dtable, begin, end, GRID=layout.image_grid, BLOCK_C=c, BLOCK_D=d
             )
 
 
-def _blocks(head_dim: int, dtype: torch.dtype, backward: bool) -> dict[str, int]:
-    """Tile sides and Triton's options of the attention kernels.
+def _blocks(head_dim: int, dtype: torch.dtype, sums: int = 1) -> dict[str, int]:
+    """Tile sides and Triton's options of an attention kernel that keeps `sums` tiles of rows (2: dk and dv).
 
     A sequence's numbers depend on the sides, so these follow from head_dim and dtype, never from lengths or the batch.
-    float32 products are three products each; larger tiles of them spill.
+    float32 products are three products each; larger tiles of them spill. Eight warps would share a 16-bit tile, but
+    issue as many instructions each as four: they are for where registers run out even with fewer queries at a time.
     """
-    wide = head_dim > 64
     if dtype == torch.float32:
-        return {"BLOCK_T": 32, "BLOCK_S": 32, "num_warps": 8, "num_stages": 1 if wide else 2}
-    return {"BLOCK_T": 64, "BLOCK_S": 64, "num_warps": 8 if wide or backward else 4, "num_stages": 2}
+        blocks = {"BLOCK_T": 32, "BLOCK_S": 32, "num_warps": 8, "num_stages": 1 if head_dim > 64 else 2}
+    else:
+        blocks = {"BLOCK_T": 64, "BLOCK_S": 64, "num_warps": 4, "num_stages": 2}
+        if sums == 2 and head_dim > 80:
+            blocks |= {"BLOCK_T": 32, "num_warps": 8 if head_dim > 96 else 4}
+    return blocks | {"WARPS": blocks["num_warps"]}
 
 
-def _shared(q: Tensor, layout: PrefixLayout, rel_bias: Tensor | None) -> dict[str, Any]:
+def _constants(q: Tensor, layout: PrefixLayout) -> dict[str, Any]:
     """The compile-time constants that all attention kernels take."""
     return {
         "PADDED": layout.is_padded,
-        "GRID": None if rel_bias is None else layout.image_grid,
+        "GRID": layout.image_grid,
         "WIDTHS": _widths(q.shape[-1]),
         # Three TF32 products carry float32's bits through the tensor cores; 16-bit products are exact in any case.
         "PRECISION": "tf32x3" if q.dtype == torch.float32 else "ieee",
     }
 
 
+def _scale_parts(scale: float) -> tuple[float, float, float]:
+    """(factor, rest, 1 / rest): scale = factor · rest, factor 0, ±1 or, for a scale out of all bounds, a power of two.
+
+    Kernels multiply 16-bit numbers by `factor`, which rounds nothing, and float32 scores by `rest`, which is positive.
+    """
+    mantissa, exponent = math.frexp(scale)
+    if abs(exponent) < 30:
+        return math.copysign(1.0, scale) * (scale != 0), abs(scale) or 1.0, 1.0 / (abs(scale) or 1.0)
+    return math.ldexp(math.copysign(0.5, scale), exponent), 2 * abs(mantissa), 0.5 / abs(mantissa)
+
+
+def _table(
+    rel_bias: Tensor | None,
+    q: Tensor,
+    layout: PrefixLayout,
+    inverse: float,
+    blocks: dict[str, int],
+    transposed: bool = False,
+) -> tuple[Tensor | None, str]:
+    """(what the kernels take for the table, its form "none", "gathered" or "expanded"); see triton_gpu_table.py."""
+    from simvlm.kernels.attention.triton_gpu_table import expand_kernel
+
+    if rel_bias is None or layout.image_grid is None:
+        return None, "none"
+    table = _float_table(rel_bias)
+    sides = (blocks["BLOCK_S"], blocks["BLOCK_T"]) if transposed else (blocks["BLOCK_T"], blocks["BLOCK_S"])
+    patches, heads = layout.image_grid[0] * layout.image_grid[1], rel_bias.shape[0]
+    row_tiles, col_tiles = (-(-patches // side) for side in sides)
+    words = row_tiles * col_tiles * sides[0] * sides[1]
+    paired = q.dtype == torch.bfloat16  # two bfloat16 a word: no coarser than how p is rounded
+    if paired:
+        words //= 2
+    if not layout.at_origin or 4 * heads * words > _SCRATCH_BYTES:
+        return table, "gathered"
+    expanded = torch.empty(heads, words, dtype=torch.int32 if paired else torch.float32, device=q.device)
+    expand_kernel[(row_tiles * col_tiles, heads)](
+        table, expanded, inverse, GRID=layout.image_grid, TRANSPOSED=transposed,
+        BLOCK_ROW=sides[0], BLOCK_COL=sides[1], WARPS=blocks["WARPS"],
+    )  # fmt: skip
+    return expanded, "expanded"
+
+
 def _rows(x: Tensor, layout: PrefixLayout) -> tuple[Tensor, int, int, int]:
-    """What a kernel takes for a tensor: (itself, batch stride, row stride, head stride)."""
-    return x, x.stride(0) if layout.is_padded else 0, x.stride(-3), x.stride(-2)
+    """What a kernel takes for a tensor: (itself, batch stride, row stride, head stride), strides in multiples of 8."""
+    strides = [0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
+    return x, strides[0] if layout.is_padded else 0, strides[-3], strides[-2]
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x, or a copy if its rows are not as kernels take them: the last axis side by side, other strides multiples of 8."""
+    strides = [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1][:-1]
+    if x.stride(-1) == 1 and all(stride % 8 == 0 for stride in strides) and abs(x.stride(-3)) <= _ROW_STRIDE:
+        return x
+    return x.contiguous()
 
 
 def _tiles(longest: int, x: Tensor, layout: PrefixLayout, block: int) -> tuple[int, int]:

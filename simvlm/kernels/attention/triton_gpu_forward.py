@@ -12,20 +12,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from simvlm.kernels.attention.triton_gpu_table import biased_products, head_table
 from simvlm.kernels.attention.triton_gpu_tiles import (
     LOG2E,
     add_mix,
-    bias2,
     bounds_of,
-    head_table,
+    key_ranges,
     load_rows,
     locate,
-    numbers_of,
     owned_rows,
     products,
     rows_of,
     scaled,
     store_rows,
+    times,
     zero_where_not,
     zeros,
 )
@@ -43,16 +43,21 @@ def _attend(
     k,
     v,
     table,
+    tile,
     position,
     limit,
     k_len,
     image_len,
+    inverse,
     scale2,
     BIASED: tl.constexpr,
     MASKED: tl.constexpr,
+    FORM: tl.constexpr,
     GRID: tl.constexpr,
     WIDTHS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    WARPS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Takes the key tiles from `begin` to `end` into (weighted sum of v, largest score, sum of exponentials)."""
@@ -60,13 +65,18 @@ def _attend(
     for start in range(begin, end, BLOCK_S):
         offs_s = start + tl.arange(0, BLOCK_S)
         mask_s = offs_s < k_len
-        scores = products(q_tile, load_rows(k, start, mask_s, MASKED, BLOCK_S, WIDTHS), WIDTHS, PRECISION) * scale2
+        k_tile = load_rows(k, start, mask_s, MASKED, BLOCK_S, WIDTHS)
         if BIASED:
-            scores += bias2(table, position[:, None], offs_s[None, :], image_len, GRID)
+            scores = biased_products(
+                q_tile, k_tile, table, tile, start // BLOCK_S, position, offs_s, image_len, inverse,
+                False, FORM, GRID, WIDTHS, BLOCK_T, BLOCK_S, WARPS, PRECISION,
+            )  # fmt: skip
+        else:
+            scores = products(q_tile, k_tile, None, WIDTHS, PRECISION)
         if MASKED:
             scores = tl.where(offs_s[None, :] < limit[:, None], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_top[:, None])
+        new_top = tl.maximum(top, tl.max(scores, 1) * scale2)
+        weights = tl.exp2(scores * scale2 - new_top[:, None])
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(weights, 1)
         v_tile = load_rows(v, start, mask_s, MASKED, BLOCK_S, WIDTHS)
@@ -75,7 +85,7 @@ def _attend(
     return mixed, top, total
 
 
-@triton.jit(do_not_specialize=["batch", "heads", "tiles", "rows"])
+@triton.jit(do_not_specialize=["batch", "heads", "tiles", "rows", "factor", "rest", "inverse"])
 def forward_kernel(
     q,
     k,
@@ -88,12 +98,16 @@ def forward_kernel(
     heads,
     tiles,
     rows,
-    scale,
+    factor,
+    rest,
+    inverse,
     PADDED: tl.constexpr,
+    FORM: tl.constexpr,
     GRID: tl.constexpr,
     WIDTHS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    WARPS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Writes out and lse of one query tile, and zeros in the rows up to the next sequence that nobody owns."""
@@ -105,35 +119,33 @@ def forward_kernel(
     offs_t = first + tl.arange(0, BLOCK_T)
     mask_t = offs_t < q_len
     q_tile = load_rows(rows_of(q, q_start, b, n, PADDED), first, mask_t, True, BLOCK_T, WIDTHS)
+    q_tile = times(q_tile, factor, WIDTHS)
     position = q_offset + offs_t
     limit = tl.minimum(k_len, tl.maximum(prefix_len, position + 1))
 
-    last = tl.minimum(first + BLOCK_T, q_len)
-    end = tl.where(first < q_len, tl.minimum(k_len, tl.maximum(prefix_len, q_offset + last)), 0)
-    full = tl.minimum(tl.minimum(k_len, tl.maximum(prefix_len, q_offset + first + 1)), end) // BLOCK_S * BLOCK_S
-    scale2 = scale * LOG2E
+    biased, full, end = key_ranges(first, q_len, k_len, prefix_len, q_offset, image_len, BLOCK_T, BLOCK_S)
+    scale2 = rest * LOG2E
     state = zeros(BLOCK_T, WIDTHS), tl.full([BLOCK_T], _NO_SCORE, tl.float32), tl.zeros([BLOCK_T], tl.float32)
-    biased = 0
-    if GRID is not None:
-        patches = tl.where(q_offset + first < image_len, tl.minimum(image_len, end), 0)
-        biased = tl.cdiv(patches, BLOCK_S) * BLOCK_S
-        table = head_table(table, n, GRID)
+    if FORM == "none":
+        biased = 0
+    else:
+        table = head_table(table, n, FORM, GRID, BLOCK_T, BLOCK_S)
         both = tl.minimum(biased, full)
         state = _attend(
-            state, 0, both, q_tile, k, v, table, position, limit, k_len, image_len, scale2,
-            True, False, GRID, WIDTHS, BLOCK_S, PRECISION,
+            state, 0, both, q_tile, k, v, table, tile, position, limit, k_len, image_len, inverse, scale2,
+            True, False, FORM, GRID, WIDTHS, BLOCK_T, BLOCK_S, WARPS, PRECISION,
         )  # fmt: skip
         state = _attend(
-            state, both, biased, q_tile, k, v, table, position, limit, k_len, image_len, scale2,
-            True, True, GRID, WIDTHS, BLOCK_S, PRECISION,
+            state, both, biased, q_tile, k, v, table, tile, position, limit, k_len, image_len, inverse, scale2,
+            True, True, FORM, GRID, WIDTHS, BLOCK_T, BLOCK_S, WARPS, PRECISION,
         )  # fmt: skip
     state = _attend(
-        state, biased, full, q_tile, k, v, table, position, limit, k_len, image_len, scale2,
-        False, False, GRID, WIDTHS, BLOCK_S, PRECISION,
+        state, biased, full, q_tile, k, v, table, tile, position, limit, k_len, image_len, inverse, scale2,
+        False, False, FORM, GRID, WIDTHS, BLOCK_T, BLOCK_S, WARPS, PRECISION,
     )  # fmt: skip
     state = _attend(
-        state, tl.maximum(biased, full), end, q_tile, k, v, table, position, limit, k_len, image_len, scale2,
-        False, True, GRID, WIDTHS, BLOCK_S, PRECISION,
+        state, tl.maximum(biased, full), end, q_tile, k, v, table, tile, position, limit, k_len, image_len, inverse,
+        scale2, False, True, FORM, GRID, WIDTHS, BLOCK_T, BLOCK_S, WARPS, PRECISION,
     )  # fmt: skip
 
     mixed, top, total = state
@@ -143,12 +155,12 @@ def forward_kernel(
     logsum = tl.where(seen, (top + tl.log2(total)) / LOG2E, float("-inf"))
 
     out = rows_of(out, q_start, b, n, PADDED)
-    lse, stride_lse = numbers_of(lse, q_start, n, heads)
+    lse += q_start.to(tl.int64) * heads + n
     owned = owned_rows(bounds, q_start, b, batch, rows, PADDED)
     store_rows(out, first, mixed, offs_t < owned, BLOCK_T, WIDTHS)
-    tl.store(lse + offs_t.to(tl.int64) * stride_lse, logsum, mask=offs_t < owned)
+    tl.store(lse + offs_t.to(tl.int64) * heads, logsum, mask=offs_t < owned)
     for start in range(first + tiles * BLOCK_T, owned, tiles * BLOCK_T):
         offs_t = start + tl.arange(0, BLOCK_T)
         store_rows(out, start, zeros(BLOCK_T, WIDTHS), offs_t < owned, BLOCK_T, WIDTHS)
         nothing = tl.full([BLOCK_T], float("-inf"), tl.float32)
-        tl.store(lse + offs_t.to(tl.int64) * stride_lse, nothing, mask=offs_t < owned)
+        tl.store(lse + offs_t.to(tl.int64) * heads, nothing, mask=offs_t < owned)

@@ -1,5 +1,8 @@
 """Device functions that every pass of the Triton kernels shares: a sequence's bounds, its rows, their products.
 
+Scores are kept as <a·q, k> + bias / rest, where scale = a · rest (`_scale_parts` in triton_gpu.py): the scale enters with
+the exponential, as part of a multiply-add, and a 16-bit q is multiplied by nothing but ±1 or a power of two.
+
 A tensor reaches a kernel as (pointer, batch stride, row stride, head stride), and one head of one sequence of it is
 (pointer to the first row, row stride).
 
@@ -39,19 +42,40 @@ def bounds_of(bounds, b, batch):
 
 
 @triton.jit
-def rows_of(x, start, b, n, PADDED: tl.constexpr):
-    """Head n of sequence b, which begins at storage row `start`; a padded tensor's batch axis has its own stride."""
-    head = x[0] + n.to(tl.int64) * x[3]
-    if PADDED:
-        return head + tl.cast(b, tl.int64) * x[1], x[2]
-    else:
-        return head + start.to(tl.int64) * x[2], x[2]
+def key_ranges(first, q_len, k_len, prefix_len, q_offset, image_len, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):
+    """(biased, full, end): the keys of tiles that hold patches, that every query of a tile sees, that any of them sees.
+
+    All for the tile of queries that begins with query `first`; `biased` is 0 where there is no patch among them.
+    """
+    last = tl.minimum(first + BLOCK_T, q_len)
+    end = tl.where(first < q_len, tl.minimum(k_len, tl.maximum(prefix_len, q_offset + last)), 0)
+    full = tl.minimum(tl.minimum(k_len, tl.maximum(prefix_len, q_offset + first + 1)), end) // BLOCK_S * BLOCK_S
+    patches = tl.where(q_offset + first < image_len, tl.minimum(image_len, end), 0)
+    return tl.cdiv(patches, BLOCK_S) * BLOCK_S, full, end
 
 
 @triton.jit
-def numbers_of(x, start, n, heads):
-    """The same for one number a row, contiguous [rows, N]; padded or packed, a sequence begins at row `start`."""
-    return x + start.to(tl.int64) * heads + n, heads
+def rows_of(x, start, b, n, PADDED: tl.constexpr):
+    """Head n of sequence b, which begins at storage row `start`; a padded tensor's batch axis has its own stride."""
+    # Of an argument the compiler knows multiples of 16 alone, and would load H = 72 one number at a time.
+    stride = x[2] // 8 * 8
+    head = x[0] + n.to(tl.int64) * (x[3] // 8 * 8)
+    if PADDED:
+        return head + tl.cast(b, tl.int64) * (x[1] // 8 * 8), stride
+    else:
+        return head + start.to(tl.int64) * stride, stride
+
+
+@triton.jit
+def numbers_of(x, start, n, total):
+    """The same for one number a row, contiguous [N, total rows]; padded or packed, a sequence begins at row `start`."""
+    return x + n.to(tl.int64) * total + start
+
+
+@triton.jit
+def row_numbers(lse2, delta, offs_t, mask_t):
+    """(lse in log2, delta) of a query tile; lse2 is +inf where p must be 0: no key is seen, or no query is there."""
+    return tl.load(lse2 + offs_t, mask=mask_t, other=float("inf")), tl.load(delta + offs_t, mask=mask_t, other=0.0)
 
 
 @triton.jit
@@ -136,6 +160,15 @@ def scaled(tiles, factor, WIDTHS: tl.constexpr):
 
 
 @triton.jit
+def times(tiles, factor, WIDTHS: tl.constexpr):
+    """The pair times ±1 or a power of two, in its own dtype."""
+    if WIDTHS[2] > 0:
+        return (tiles[0] * factor).to(tiles[0].dtype), (tiles[1] * factor).to(tiles[1].dtype)
+    else:
+        return (tiles[0] * factor).to(tiles[0].dtype), 0.0
+
+
+@triton.jit
 def zero_where_not(mask, tiles, WIDTHS: tl.constexpr):
     """The pair with zeros in the rows where `mask` is false, whatever they held."""
     if WIDTHS[2] > 0:
@@ -145,9 +178,9 @@ def zero_where_not(mask, tiles, WIDTHS: tl.constexpr):
 
 
 @triton.jit
-def products(a, b, WIDTHS: tl.constexpr, PRECISION: tl.constexpr):
-    """<a_i, b_j> of every row i of a and j of b, float32."""
-    result = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION)
+def products(a, b, begin, WIDTHS: tl.constexpr, PRECISION: tl.constexpr):
+    """begin (or None) + <a_i, b_j> of every row i of a and j of b, float32."""
+    result = tl.dot(a[0], tl.trans(b[0]), begin, input_precision=PRECISION)
     if WIDTHS[2] > 0:
         result = tl.dot(a[1], tl.trans(b[1]), result, input_precision=PRECISION)
     return result
@@ -162,24 +195,3 @@ def add_mix(sums, weights, rows, WIDTHS: tl.constexpr, PRECISION: tl.constexpr):
         return low, tl.dot(weights, rows[1], sums[1], input_precision=PRECISION)
     else:
         return low, 0.0
-
-
-@triton.jit
-def bias2(table, position, key, image_len, GRID: tl.constexpr):
-    """log2(e) times one head's table at `position` × `key`, which broadcast; 0 where either is no patch.
-
-    The entry's index in the flattened table is flat(key) - flat(position) + centre, flat(x) = row(x)·(2Gw-1) + col(x).
-    """
-    GW: tl.constexpr = GRID[1]
-    SPAN: tl.constexpr = 2 * GRID[1] - 1
-    CENTRE: tl.constexpr = (GRID[0] - 1) * SPAN + GW - 1
-    flat_position = position // GW * SPAN + position % GW
-    flat_key = key // GW * SPAN + key % GW
-    inside = (position < image_len) & (key < image_len)
-    return tl.load(table + (flat_key - flat_position + CENTRE), mask=inside, other=0.0) * LOG2E
-
-
-@triton.jit
-def head_table(table, n, GRID: tl.constexpr):
-    """Pointer to head n's table."""
-    return table + n.to(tl.int64) * ((2 * GRID[0] - 1) * (2 * GRID[1] - 1))
