@@ -29,7 +29,7 @@ PYTHONS ?= $(PY) $(shell own=$$($(PY) -c 'import sys; print(sys.version_info.min
     done; \
   done)
 
-.PHONY: help setup check format test test-full test-sanitize wheel test-wheel bench demo quick clean
+.PHONY: help setup check format test test-full test-sanitize wheel test-wheel bench gpu-compile demo quick clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -94,6 +94,9 @@ test-wheel: ## make wheel, then install each one into an environment of its own 
 
 bench: setup ## time the kernels against their peers (OP=prefix_attention for one op)
 	@$(RUN) -m benchmarks $(if $(OP),--op $(OP))
+
+gpu-compile: setup ## every Triton kernel as shipped, compiled for sm_80, sm_90, sm_100 without a GPU: what each takes
+	@$(RUN) -m benchmarks.gpu_compile
 
 demo: setup ## a SimVLM learns to caption pictures in MINUTES=12, and shows it in runs/demo/report.html
 	@$(RUN) -m simvlm.cli demo --minutes $(MINUTES)

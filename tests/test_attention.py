@@ -466,3 +466,21 @@ def test_a_low_precision_table_gets_its_own_dtype_back():
     table = torch.randn(1, 3, 3).bfloat16().requires_grad_()
     prefix_attention(q, k, v, layout, rel_bias=table).sum().backward()
     assert table.grad.dtype == torch.bfloat16
+
+
+# ---- the cost model ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("q_lens", "k_lens", "direction", "itemsize", "expected"),
+    [
+        ((4096,), (4096,), "forward", 2, 1e3 * (4 * 4096 * 4096 * 2 * 64) / 790e12),
+        ((4096,), (4096,), "both", 2, 1e3 * (14 * 4096 * 4096 * 2 * 64) / 790e12),
+        # One query a sequence: q, out (2), k, v (2), lse in float32.
+        ((1,), (4096,), "forward", 2, 1e3 * (2 * (2 * 128 + 2 * 4096 * 128) + 2 * 4) / 4.3e12),
+        ((1,), (4096,), "forward", 4, 1e3 * (4 * (2 * 128 + 2 * 4096 * 128) + 2 * 4) / 4.3e12),
+    ],
+)
+def test_least_time_is_the_products_or_the_traffics(q_lens, k_lens, direction, itemsize, expected):
+    case = spec.Case(name="", q_lens=q_lens, k_lens=k_lens, cross=True, tail=0, heads=2, head_dim=64)
+    assert spec.least_ms(case, direction, itemsize) == pytest.approx(expected, rel=1e-12)

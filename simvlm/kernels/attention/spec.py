@@ -36,6 +36,11 @@ HALF_UNIT = {"float32": 0.0, "bfloat16": 2.0**-9, "float16": 2.0**-12}
 before these products, as it does P before out and dv; the yardstick rounds dP instead, and where few terms are summed chance
 decides whose error is the larger. Times an array's largest element: the array itself is rounded."""
 
+H200_FLOPS_PER_S = 790e12
+"""A large bfloat16 matrix product, measured."""
+H200_BYTES_PER_S = 4.3e12
+"""A large copy, read and written bytes together, measured."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
@@ -178,6 +183,16 @@ def bytes_moved(case: Case, direction: str, itemsize: int) -> int:
     forward = 2 * q + 2 * k + lse + table
     backward = 4 * q + 4 * k + lse + 2 * table
     return {"forward": forward, "backward": backward, "both": forward + backward}[direction]
+
+
+def least_ms(case: Case, direction: str, itemsize: int) -> float:
+    """No kernel on an H200 is faster: max(flops / the product's rate, bytes_moved / the copy's rate), in ms.
+
+    For float32 too it takes the rate of bfloat16 products, three or more of which make one of float32.
+    """
+    products = flops(case, direction) / H200_FLOPS_PER_S
+    traffic = bytes_moved(case, direction, itemsize) / H200_BYTES_PER_S
+    return 1e3 * max(products, traffic)
 
 
 def floors(case: Case, inputs: dict[str, np.ndarray], dtype: str) -> dict[str, tuple[float, float]]:
