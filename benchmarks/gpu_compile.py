@@ -37,6 +37,8 @@ import torch
 from benchmarks import sass
 from simvlm.kernels import PrefixLayout
 from simvlm.kernels.attention import triton_gpu
+from simvlm.kernels.stem import triton_gpu as stem_gpu
+from simvlm.kernels.stem.places import places
 
 SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 """Shared memory that one block may have on A100, H100 and B200 (CUDA C++ Programming Guide, compute capabilities)."""
@@ -86,15 +88,75 @@ def attention(lens: list[int], *, dtype: str, head_dim: int, table: bool, padded
     )
 
 
-def _attention_calls(dtype: str, head_dims: list[int], padded: bool) -> Iterator[Call]:
+def batch_norm(lens: list[int], *, dtype: str, channels: int, plain: bool) -> None:
+    """`batch_norm_act`'s four halves, without residual and branch scale if `plain`; images change with the lengths."""
+    shape = (len(lens), lens[0] // 4, lens[0] // 4, channels)
+    x, dy, residual = (torch.empty(shape, dtype=getattr(torch, dtype)) for _ in range(3))
+    weight, bias = torch.empty(2, channels)
+    mean, var = stem_gpu.batch_norm_statistics(x)
+    vectors = mean, var, weight, bias
+    extra = (None, None) if plain else (residual, torch.empty(len(lens)))
+    y = stem_gpu.batch_norm_apply(x, *vectors, *extra, 1e-5, "relu")
+    kept, act = (None, "relu") if plain else (y, "none")
+    *means, dresidual = stem_gpu.batch_norm_backward_reductions(dy, x, kept, *vectors, extra[1], 1e-5, "relu")
+    dy = dy if dresidual is None else dresidual
+    stem_gpu.batch_norm_backward_apply(dy, x, *vectors, extra[1], *means, 1e-5, act)
+
+
+def embed(lens: list[int], *, dtype: str, channels: int, width: int | None) -> None:
+    """`embed_sequence` and every gradient, over enough images that the weight's is summed in chunks."""
+    has_image = [n >= 196 for n in lens] * 24
+    layout = PrefixLayout.packed(lens * 24, image_grid=(14, 14), has_image=has_image)
+    placed = places(torch.as_tensor(layout.bounds), torch.stack).int()
+    columns = width or channels
+    features = torch.empty(sum(has_image), 14, 14, channels, dtype=getattr(torch, dtype))
+    weight = torch.empty(columns, channels, dtype=features.dtype) if width else None
+    text = torch.empty(sum(lens) * 24 - sum(has_image) * 196, columns, dtype=features.dtype)
+    bias, positions = torch.empty(columns), torch.empty(196, columns)
+    rows = stem_gpu.embed_sequence(features, weight, bias, positions, text, placed, None)
+    kept = None if weight is None else features
+    stem_gpu.embed_sequence_backward(
+        rows, kept, weight, placed, tuple(features.shape), text.shape[0], None, (True,) * 5
+    )
+
+
+def _attention_calls(dtype: str, head_dims: list[int], padded: bool) -> Iterator[list[Call]]:
     for head_dim in head_dims:
-        for table in (False, True):
-            launch = functools.partial(attention, dtype=dtype, head_dim=head_dim, table=table, padded=padded)
-            yield Call(op="prefix_attention", dtype=dtype, shape=f"H={head_dim}", table=table, launch=launch)
+        yield [
+            Call(
+                op="prefix_attention",
+                dtype=dtype,
+                shape=f"H={head_dim}",
+                table=table,
+                launch=functools.partial(attention, dtype=dtype, head_dim=head_dim, table=table, padded=padded),
+            )
+            for table in (False, True)
+        ]
 
 
-CALLS: dict[str, Callable[[str, list[int], bool], Iterator[Call]]] = {"prefix_attention": _attention_calls}
-"""Of each op with Triton kernels: its calls in one dtype, of these head_dims, padded or packed."""
+def _batch_norm_calls(dtype: str, head_dims: list[int], padded: bool) -> Iterator[list[Call]]:
+    make = functools.partial(Call, op="batch_norm_act", dtype=dtype, table=None)
+    for channels in (64, 256, 80):
+        for plain in (False, True):
+            launch = functools.partial(batch_norm, dtype=dtype, channels=channels, plain=plain)
+            yield [make(shape=f"C={channels}{' plain' if plain else ''}", launch=launch)]
+
+
+def _embed_calls(dtype: str, head_dims: list[int], padded: bool) -> Iterator[list[Call]]:
+    make = functools.partial(Call, op="embed_sequence", dtype=dtype, table=None)
+    for width in (768, None):
+        launch = functools.partial(embed, dtype=dtype, channels=256, width=width)
+        yield [make(shape=f"C=256 D={width}" if width else "C=256 identity", launch=launch)]
+
+
+Calls = Callable[[str, list[int], bool], Iterator[list[Call]]]
+CALLS: dict[str, Calls] = {
+    "prefix_attention": _attention_calls,
+    "batch_norm_act": _batch_norm_calls,
+    "embed_sequence": _embed_calls,
+}
+"""Of each op with Triton kernels: its calls in one dtype, of these head_dims, padded or packed; those of a list are
+compared with each other."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -211,9 +273,7 @@ def failures(row: dict[str, Any]) -> list[str]:
     return found
 
 
-def main(
-    arguments: list[str] | None = None, calls: dict[str, Callable[[str, list[int], bool], Iterator[Call]]] = CALLS
-) -> int:
+def main(arguments: list[str] | None = None, calls: dict[str, Calls] = CALLS) -> int:
     """Returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu_compile",
@@ -221,6 +281,7 @@ def main(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--targets", type=_listed, default=list(SHARED_BYTES), help="with commas: sm_80,sm_90,sm_100")
+    parser.add_argument("--ops", type=_listed, default=list(calls), help="with commas")
     parser.add_argument("--dtypes", type=_listed, default=list(DTYPES), help="with commas")
     parser.add_argument("--head-dims", type=_listed, default=[str(n) for n in HEAD_DIMS], help="with commas")
     parser.add_argument("--padded", action="store_true", help="padded storage (default: packed, which has more code)")
@@ -229,15 +290,16 @@ def main(
     options = parser.parse_args(arguments)
     if unknown := set(options.targets) - set(SHARED_BYTES):
         parser.error(f"--targets must be of {', '.join(SHARED_BYTES)}, got {', '.join(sorted(unknown))}")
+    if unknown := set(options.ops) - set(calls):
+        parser.error(f"--ops must be of {', '.join(calls)}, got {', '.join(sorted(unknown))}")
     if os.environ.get("TRITON_INTERPRET"):
         parser.error("TRITON_INTERPRET must not be set: nothing is compiled in the interpreter")
 
     started = time.monotonic()
     jobs = []
     for dtype in options.dtypes:
-        for op in calls:
-            for head_dim in options.head_dims:
-                group = list(calls[op](dtype, [int(head_dim)], options.padded))
+        for op in options.ops:
+            for group in calls[op](dtype, [int(head_dim) for head_dim in options.head_dims], options.padded):
                 jobs += [(target, group) for target in options.targets]
     rows = []
     print(_HEADER)

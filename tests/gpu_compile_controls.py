@@ -48,12 +48,12 @@ def lengths(lens: list[int]) -> None:
 
 def calls(dtype: str, head_dims: list[int], padded: bool):
     make = functools.partial(gpu_compile.Call, dtype=dtype, shape="tile", table=None)
-    yield make(op="sound", launch=functools.partial(product, dtype=torch.bfloat16, inner=64))
-    yield make(op="spills", launch=functools.partial(held, maxnreg=64))
-    yield make(op="shared", launch=functools.partial(product, dtype=torch.bfloat16, inner=2048, num_warps=16))
-    yield make(op="off", launch=functools.partial(product, dtype=torch.float32, inner=16))
-    yield make(op="fails", launch=functools.partial(product, dtype=torch.bfloat16, inner=64, maxnreg=24))
-    yield make(op="again", launch=lengths)
+    yield [make(op="sound", launch=functools.partial(product, dtype=torch.bfloat16, inner=64))]
+    yield [make(op="spills", launch=functools.partial(held, maxnreg=64))]
+    yield [make(op="shared", launch=functools.partial(product, dtype=torch.bfloat16, inner=2048, num_warps=16))]
+    yield [make(op="off", launch=functools.partial(product, dtype=torch.float32, inner=16))]
+    yield [make(op="fails", launch=functools.partial(product, dtype=torch.bfloat16, inner=64, maxnreg=24))]
+    yield [make(op="again", launch=lengths)]
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ def _variants(status: dispatch.Status) -> list[str]:
 
 def _dtypes(spec, family: str, impl: str, case) -> tuple[str, ...]:
     if impl == "triton":
-        return ("float32", "float16") if _tiles(case) <= INTERPRETED_TILES else ()
+        small = spec is not attention_spec or _tiles(case) <= INTERPRETED_TILES
+        return ("float32", "float16") if small else ()
     if family == "jax" and (case.memory != "contiguous" or case.tier == "full"):
         return ()
     if family == "jax":
@@ -37,7 +38,7 @@ def _dtypes(spec, family: str, impl: str, case) -> tuple[str, ...]:
 
 
 def _tiles(case) -> int:
-    """Tiles of 16 × 16 and 64 × 64 that a kernel may walk, forward and twice backward."""
+    """Of attention: tiles of 16 × 16 and 64 × 64 that a kernel may walk, forward and twice backward."""
     k_lens = case.q_lens if case.k_lens is None else case.k_lens
     pairs = sum(-(-q // 32) * -(-k // 32) for q, k in zip(case.q_lens, k_lens, strict=True))
     return 3 * pairs * case.heads

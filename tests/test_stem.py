@@ -15,7 +15,7 @@ from attention_oracle import assert_same
 from stem_cases import CORE, SPECS, everything, tensors_of
 
 from simvlm.kernels import PrefixLayout, batch_norm_act, dispatch, embed_sequence, parity, stem
-from simvlm.kernels.stem import batch_norm_spec, cpp_cpu, embed_spec, reference, table, torch_op
+from simvlm.kernels.stem import batch_norm_spec, cpp_cpu, embed_spec, reference, table, torch_op, triton_gpu
 
 ORACLE = {batch_norm_spec: stem_oracle.batch_norm_case, embed_spec: stem_oracle.embed_case}
 
@@ -323,8 +323,9 @@ def test_images_and_rows_that_do_not_exist_reach_nothing():
     assert not none.reshape(-1, 16)[2:].any()
 
 
+@pytest.mark.parametrize("kernels", [cpp_cpu, triton_gpu], ids=["cpp", "triton"])
 @pytest.mark.parametrize("channels", [24, None])
-def test_the_same_in_cpp(channels):
+def test_the_same_in_kernels(channels, kernels):
     """Within the budget, for the products of another number of images may sum in another order."""
     case = embed_spec.Case(
         name="one_image_too_many", text_lens=(4, 3), has_image=(False, True), channels=channels, tail=0
@@ -335,7 +336,7 @@ def test_the_same_in_cpp(channels):
     weight, *rest = (tensors.get(name) for name in ("weight", "bias", "image_positions", "text"))
     drows = torch.cat([tensors["drows"], torch.full((6, 16), torch.nan)])
     results = {}
-    for implementation, wide in ((cpp_cpu, torch.float32), (reference, torch.float32), (reference, torch.float64)):
+    for implementation, wide in ((kernels, torch.float32), (reference, torch.float32), (reference, torch.float64)):
         x, w, dy, *others = (None if t is None else t.to(wide) for t in (features, weight, drows, *rest))
         rows = implementation.embed_sequence(x, w, *others, placed, None)
         saved = None if w is None else x

@@ -249,13 +249,16 @@ def test_reference_of_embed_sequence_differentiates_twice():
     assert torch.autograd.gradgradcheck(op, leaves)
 
 
-@pytest.mark.parametrize("dtype", batch_norm_spec.DTYPES)
+@pytest.mark.parametrize(
+    ("impl", "dtype"),
+    [("cpp", dtype) for dtype in batch_norm_spec.DTYPES] + [("triton", "float32"), ("triton", "float16")],
+)
 @pytest.mark.parametrize("op", SPECS)
-def test_the_same_call_is_bit_equal(op, dtype):
+def test_the_same_call_is_bit_equal(op, impl, dtype):
     spec = SPECS[op]
     case = named(spec, {"batch_norm_act": "many_channels", "embed_sequence": "large_grid"}[op])
     tensors = tensors_of(spec, case, parity.DTYPES[dtype])
-    first, second = (everything(spec, case, tensors) for _ in range(2))
+    first, second = (everything(spec, case, tensors, impl) for _ in range(2))
     assert all(
         np.array_equal(a.double().numpy(), b.double().numpy(), equal_nan=True)
         for a, b in zip(first, second, strict=True)

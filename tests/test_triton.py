@@ -6,19 +6,15 @@ Parity over the small cases, bit-equality and batch invariance are asked of ever
 from __future__ import annotations
 
 import dataclasses
-import os
-import pathlib
-import subprocess
-import sys
 
 import pytest
 import torch
+from uninterpreted import python
 
 from simvlm.kernels import PrefixLayout, UnsupportedError, implementations, parity, prefix_attention
 from simvlm.kernels.attention import spec, triton_gpu
 
 CASES = {case.name: case for case in spec.CASES}
-ROOT = pathlib.Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(
@@ -100,7 +96,7 @@ def test_without_gpu_or_interpreter_it_refuses_and_leaves_triton_alone():
         "print([s.reason for s in implementations('prefix_attention') if s.name == 'triton'][0])\n"
         "assert 'triton' not in sys.modules"
     )
-    printed = _python("-c", program)
+    printed = python("-c", program)
     assert "no NVIDIA GPU" in printed or torch.cuda.is_available()
 
 
@@ -108,10 +104,3 @@ def test_it_is_available_in_the_interpreter():
     assert [status.reason for status in implementations("prefix_attention") if status.name == "triton"] == [None]
 
 
-def _python(*arguments: str, **environment: str) -> str:
-    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=kept | environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout

@@ -11,18 +11,15 @@ With TRITON_INTERPRET=1 the kernels run on CPU tensors, slowly, for tests.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import math
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from simvlm.kernels import triton_device
 from simvlm.kernels.attention.layout import PrefixLayout
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SCRATCH_BYTES = 64 * 2**20
 """Room for the sums of ds over pairs of patches (grids with more go through it a few image rows at a time), and for the
 expanded table (grids with more gather it)."""
@@ -32,23 +29,12 @@ _ROW_STRIDE = 2**24
 
 
 def unavailable() -> str | None:
-    if not _installed():
-        return "triton is not installed (pip install 'simvlm[triton]')"
-    if not _interpreted() and not _has_gpu():
-        return "no NVIDIA GPU (TRITON_INTERPRET=1 runs it on the CPU, slowly)"
-    return None
+    return triton_device.unavailable()
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, rel_bias: Tensor | None) -> str | None:
-    if q.dtype not in _DTYPES:
-        return f"q must be float32, bfloat16 or float16, got {str(q.dtype).removeprefix('torch.')}"
-    if _interpreted():
-        if q.dtype == torch.bfloat16:
-            return "Triton's interpreter computes bfloat16 wrongly: use float32 or float16 with TRITON_INTERPRET=1"
-    elif q.device.type != "cuda":
-        return f"tensors must be on an NVIDIA GPU, got {q.device} (TRITON_INTERPRET=1 runs it on the CPU, slowly)"
-    elif torch.version.hip is not None or torch.cuda.get_device_capability(q.device) < (8, 0):
-        return "the GPU must be an NVIDIA one of compute capability 8.0 or higher"
+    if (reason := triton_device.unsupported("q", q)) is not None:
+        return reason
     for name, x in (("q", q), ("k", k), ("v", v)):
         if abs(x.stride(-3)) > _ROW_STRIDE:
             return f"{name}'s row stride must be at most {_ROW_STRIDE} elements, got {x.stride(-3)}: call .contiguous()"
@@ -319,17 +305,3 @@ def _rows_at_once(heads: int, grid: tuple[int, int]) -> int:
     """Image rows of which the pairs with every patch fit into the scratch, for all heads; at most all."""
     height, width = grid
     return min(height, _SCRATCH_BYTES // (4 * heads * width * height * width))
-
-
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
-
-
-@functools.cache
-def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
-def _has_gpu() -> bool:
-    return torch.cuda.is_available() and torch.version.hip is None
