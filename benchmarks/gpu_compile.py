@@ -94,13 +94,12 @@ def batch_norm(lens: list[int], *, dtype: str, channels: int, plain: bool) -> No
     x, dy, residual = (torch.empty(shape, dtype=getattr(torch, dtype)) for _ in range(3))
     weight, bias = torch.empty(2, channels)
     mean, var = stem_gpu.batch_norm_statistics(x)
-    vectors = mean, var, weight, bias
-    extra = (None, None) if plain else (residual, torch.empty(len(lens)))
-    y = stem_gpu.batch_norm_apply(x, *vectors, *extra, 1e-5, "relu")
+    added, branch_scale = (None, None) if plain else (residual, torch.empty(len(lens)))
+    y = stem_gpu.batch_norm_apply(x, mean, var, weight, bias, added, branch_scale, 1e-5, "relu")
     kept, act = (None, "relu") if plain else (y, "none")
-    *means, dresidual = stem_gpu.batch_norm_backward_reductions(dy, x, kept, *vectors, extra[1], 1e-5, "relu")
-    dy = dy if dresidual is None else dresidual
-    stem_gpu.batch_norm_backward_apply(dy, x, *vectors, extra[1], *means, 1e-5, act)
+    sums = stem_gpu.batch_norm_backward_reductions(dy, x, kept, mean, var, weight, bias, branch_scale, 1e-5, "relu")
+    dz = dy if sums[2] is None else sums[2]
+    stem_gpu.batch_norm_backward_apply(dz, x, mean, var, weight, bias, branch_scale, sums[0], sums[1], 1e-5, act)
 
 
 def embed(lens: list[int], *, dtype: str, channels: int, width: int | None) -> None:

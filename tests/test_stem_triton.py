@@ -5,7 +5,6 @@ Parity over the cases of the specs and bit-equality are asked of every implement
 
 from __future__ import annotations
 
-
 import pytest
 import torch
 from stem_cases import everything, named, tensors_of

@@ -102,5 +102,3 @@ def test_without_gpu_or_interpreter_it_refuses_and_leaves_triton_alone():
 
 def test_it_is_available_in_the_interpreter():
     assert [status.reason for status in implementations("prefix_attention") if status.name == "triton"] == [None]
-
-

@@ -487,3 +487,52 @@ BENCHMARKS: tuple[Case, ...] = (
     ),
     Case(name="smallest", q_lens=(1,), heads=1, head_dim=8, tail=0),
 )
+
+
+def _gpu_benchmarks() -> tuple[Case, ...]:
+    generator = np.random.default_rng(0)
+    prefixes = tuple(int(n) for n in generator.integers(196, 452, 128))
+    lens = tuple(int(n) for n in generator.integers(4, 33, 512))
+    pretrain = Case(
+        name="gpu_pretrain",
+        q_lens=(452,) * 128,
+        prefix_lens=prefixes,
+        image_grid=(14, 14),
+        padded=(452, 452),
+        heads=12,
+    )
+    return (
+        pretrain,
+        dataclasses.replace(
+            pretrain,
+            name="gpu_px480",
+            q_lens=(964,) * 32,
+            prefix_lens=tuple(n // 4 + 900 for n in prefixes[:32]),
+            image_grid=(30, 30),
+            padded=(964, 964),
+        ),
+        dataclasses.replace(pretrain, name="gpu_huge", heads=16, head_dim=80),
+        dataclasses.replace(
+            pretrain,
+            name="gpu_long",
+            q_lens=(4160,) * 2,
+            prefix_lens=(4100, 4140),
+            image_grid=(64, 64),
+            padded=(4160, 4160),
+        ),
+        Case(name="gpu_captions", q_lens=lens, prefix_lens=0, tail=0, heads=12),
+        Case(
+            name="gpu_decode",
+            q_lens=(1,) * 128,
+            k_lens=(452,) * 128,
+            q_offsets=451,
+            prefix_lens=0,
+            padded=(1, 452),
+            heads=12,
+            gradients=False,
+        ),
+    )
+
+
+GPU_BENCHMARKS = _gpu_benchmarks()
+"""Sizes that fill a GPU. No reference checks them: the kernels are judged on `CASES`, and their tiles know no batch."""

@@ -4,9 +4,9 @@
 
 One program per (tile of queries, head, sequence) forward and for dq, per (tile of keys, head, sequence) for dk and dv;
 which tiles it meets it derives from the layout's integers, on the device. Saved for backward: out and lse. The kernels
-are in `triton_gpu_forward.py`, `triton_gpu_backward.py` and `triton_gpu_table.py`; Triton is imported when the first call runs, because that
-takes half a second. Sums are float32; tiles have fixed sizes, so that a sequence's numbers do not depend on its batch.
-With TRITON_INTERPRET=1 the kernels run on CPU tensors, slowly, for tests.
+are in `triton_gpu_forward.py`, `triton_gpu_backward.py` and `triton_gpu_table.py`; Triton is imported when the first
+call runs, because that takes half a second. Sums are float32; tiles have fixed sizes, so that a sequence's numbers do
+not depend on its batch. With TRITON_INTERPRET=1 the kernels run on CPU tensors, slowly, for tests.
 """
 
 from __future__ import annotations
@@ -270,7 +270,7 @@ def _rows(x: Tensor, layout: PrefixLayout) -> tuple[Tensor, int, int, int]:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """x, or a copy if its rows are not as kernels take them: the last axis side by side, other strides multiples of 8."""
+    """x, or a copy if kernels cannot take its rows: the last axis side by side, other strides multiples of 8."""
     strides = [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1][:-1]
     if x.stride(-1) == 1 and all(stride % 8 == 0 for stride in strides) and abs(x.stride(-3)) <= _ROW_STRIDE:
         return x

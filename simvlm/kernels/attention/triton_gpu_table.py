@@ -1,7 +1,7 @@
 """The relative-position table in the Triton kernels: as the bias of a tile of scores, and its gradient.
 
-To gather the table per element doubles a tile's instructions. So where every sequence begins at position 0, the table is
-expanded once a call into tiles of patches × patches, which all sequences share. A tile's numbers lie in the order in
+To gather the table per element doubles a tile's instructions. So where every sequence begins at position 0, the table
+is expanded once a call into tiles of patches × patches, which all sequences share. A tile's numbers lie in the order in
 which a matrix product's sums lie in registers: each thread loads its own, 16 bytes at a time, and nothing moves between
 threads. Where the expanded table would be too large, or sequences begin elsewhere, it is gathered.
 """
@@ -50,10 +50,10 @@ def head_table(table, n, FORM: tl.constexpr, GRID: tl.constexpr, BLOCK_ROW: tl.c
         return table + n.to(tl.int64) * ((2 * GRID[0] - 1) * (2 * GRID[1] - 1))
 
 
-# An expanded tile [BLOCK_ROW, BLOCK_COL] lies in the order of the sums of mma and wgmma: a thread holds, of 8 columns, 2
-# neighbours in each of 2 rows that are 8 apart; 32 lanes cover 16 rows × 8 columns; warps cover the rows, 16 each, and if
-# there are more warps than that, parts of the columns. A thread's 16 bytes are such fours: one of float32, or two of 16
-# bits. Should the compiler order registers otherwise, the numbers are the same, by way of shared memory.
+# An expanded tile [BLOCK_ROW, BLOCK_COL] lies in the order of the sums of mma and wgmma: a thread holds, of 8 columns,
+# 2 neighbours in each of 2 rows that are 8 apart; 32 lanes cover 16 rows × 8 columns; warps cover the rows, 16 each,
+# and parts of the columns if there are more. A thread's 16 bytes are such fours: one of float32, or two of 16 bits.
+# Should the compiler order registers otherwise, the numbers are the same, by way of shared memory.
 
 
 @triton.jit(do_not_specialize=["inverse"])

@@ -1,7 +1,7 @@
 """Device functions that every pass of the Triton kernels shares: a sequence's bounds, its rows, their products.
 
-Scores are kept as <a·q, k> + bias / rest, where scale = a · rest (`_scale_parts` in triton_gpu.py): the scale enters with
-the exponential, as part of a multiply-add, and a 16-bit q is multiplied by nothing but ±1 or a power of two.
+Scores are kept as <a·q, k> + bias / rest, where scale = a · rest (`_scale_parts` in triton_gpu.py): the scale enters
+with the exponential, as part of a multiply-add, and a 16-bit q is multiplied by nothing but ±1 or a power of two.
 
 A tensor reaches a kernel as (pointer, batch stride, row stride, head stride), and one head of one sequence of it is
 (pointer to the first row, row stride).
