@@ -137,7 +137,7 @@ def _launch_backward(
     constants, blocks = _constants(q, layout), _blocks(head_dim, q.dtype)
     total = lse.numel() // heads
     scales = factor, rest, inverse = _scale_parts(scale)
-    lse2, delta = torch.empty(2, heads, total, dtype=torch.float32, device=q.device).unbind()
+    lse2, delta = (torch.empty(heads, total, dtype=torch.float32, device=q.device) for _ in range(2))
     inputs = *(_rows(_aligned(x), layout) for x in (q, k, v, dout)), lse2, delta
     tiles, rows = _tiles(layout.max_q_len, q, layout, blocks["BLOCK_T"])
     programs = heads * layout.batch
