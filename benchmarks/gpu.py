@@ -32,7 +32,7 @@ import torch
 from benchmarks import bench_attention, bench_batch_norm, bench_demo_step, bench_embed, machine, render
 from benchmarks.contest import Stopwatch
 from benchmarks.record import Settings, one_line
-from simvlm.kernels import parity
+from simvlm.kernels import parity, triton_device
 from simvlm.kernels.attention import spec as attention_spec
 from simvlm.kernels.stem import batch_norm_spec, embed_spec
 
@@ -233,7 +233,7 @@ def main() -> int:
     if not options.dry_run and not torch.cuda.is_available():
         parser.error("there is no NVIDIA GPU here (--dry-run tries the flow without one)")
 
-    if options.dry_run != (os.environ.get("TRITON_INTERPRET") == "1"):
+    if options.dry_run != triton_device.interpreted():
         # Triton looks when it is imported, and torch has done that.
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         environment |= {"TRITON_INTERPRET": "1"} if options.dry_run else {}

@@ -303,7 +303,8 @@ def test_overlapping_keys_are_read_by_every_owner():
 def _op_arguments(case):
     tensors, layout = _leaves(case, "float32"), case.layout().to("cpu")
     arguments = [tensors["q"], tensors["k"], tensors["v"], layout.bounds, tensors.get("rel_bias"), 0.125]
-    statics = [layout.is_padded, layout.cross, list(layout.image_grid or ()), layout.max_q_len, layout.max_k_len]
+    statics = [layout.is_padded, layout.cross, layout.at_origin, list(layout.image_grid or ())]
+    statics += [layout.max_q_len, layout.max_k_len]
     return tensors, arguments, statics
 
 

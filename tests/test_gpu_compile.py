@@ -70,6 +70,7 @@ def _sound(folder: pathlib.Path, *options: str) -> list[dict]:
     for kernel in found["kernels"]:
         assert (kernel["wgmma"] > 0) == (kernel["kernel"] in PRODUCTS), kernel
         assert kernel["loops_instructions"] or kernel["kernel"] not in PRODUCTS, kernel
+        assert kernel["shared_bytes"] <= 99 * 1024, kernel  # what a block may have on every GPU that is not refused
     return found["kernels"]
 
 

@@ -102,3 +102,27 @@ def test_without_gpu_or_interpreter_it_refuses_and_leaves_triton_alone():
 
 def test_it_is_available_in_the_interpreter():
     assert [status.reason for status in implementations("prefix_attention") if status.name == "triton"] == [None]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_both_forms_of_the_table_give_the_same_bits(dtype, monkeypatch):
+    """Offsets of 0 are no offsets: the table is then gathered instead of expanded, and nobody may see it."""
+    forms = []
+    choose = triton_gpu._table
+
+    def spied(*args, **kwargs):
+        table, form = choose(*args, **kwargs)
+        forms.append(form)
+        return table, form
+
+    monkeypatch.setattr(triton_gpu, "_table", spied)
+    found = []
+    for q_offsets in (None, 0):
+        case = spec.Case(name="forms", q_lens=(70, 33), prefix_lens=(60, 10), image_grid=(5, 7), q_offsets=q_offsets)
+        inputs = parity.rounded_inputs(spec, case, dtype)
+        forms.clear()
+        found.append(parity.run(spec, case, inputs, "torch", "triton", dtype))
+        assert set(forms) == {"expanded" if q_offsets is None else "gathered"}
+        assert len(forms) == 3  # forward, and both passes of backward
+    for name, expanded in found[0].items():
+        assert (expanded == found[1][name]).all(), name

@@ -17,7 +17,7 @@ from simvlm.kernels.arrays import call_op, check_saved, refuse_transforms
 from simvlm.kernels.attention import reference, table
 from simvlm.kernels.attention.layout import BOUNDS, PrefixLayout
 
-_STATICS = "bool padded, bool cross, int[] image_grid, SymInt max_q_len, SymInt max_k_len, str impl"
+_STATICS = "bool padded, bool cross, bool at_origin, int[] image_grid, SymInt max_q_len, SymInt max_k_len, str impl"
 _LIBRARY = torch.library.Library("simvlm", "FRAGMENT")
 _LIBRARY.define(
     "prefix_attention(Tensor q, Tensor k, Tensor v, Tensor bounds, Tensor? rel_bias, float scale, "
@@ -48,6 +48,7 @@ def prefix_attention(
         scale,
         layout.is_padded,
         layout.cross,
+        layout.at_origin,
         list(layout.image_grid or ()),
         layout.max_q_len,
         layout.max_k_len,
@@ -55,7 +56,9 @@ def prefix_attention(
     )
 
 
-def _layout(q: Tensor, k: Tensor, bounds: Tensor, padded: bool, cross: bool, grid: Any, *maxima: int) -> PrefixLayout:
+def _layout(
+    q: Tensor, k: Tensor, bounds: Tensor, padded: bool, cross: bool, at_origin: bool, grid: Any, *maxima: int
+) -> PrefixLayout:
     if bounds.dtype != torch.int32 or bounds.ndim != 2 or bounds.shape[0] != len(BOUNDS):
         got = f"{bounds.dtype}{list(bounds.shape)}"
         raise ValueError(f"prefix_attention: bounds must be int32[{len(BOUNDS)}, B], got {got}")
@@ -66,6 +69,7 @@ def _layout(q: Tensor, k: Tensor, bounds: Tensor, padded: bool, cross: bool, gri
         max_q_len=maxima[0],
         max_k_len=maxima[1],
         cross=cross,
+        at_origin=at_origin,
     )
 
 
@@ -74,8 +78,8 @@ def _lse_dtype(q: Tensor) -> torch.dtype:
 
 
 def _forward(q: Any, k: Any, v: Any, bounds: Any, rel_bias: Any, scale: float, *statics: Any) -> tuple[Tensor, Tensor]:
-    layout = _layout(q, k, bounds, *statics[:5])
-    kernel = dispatch.select("prefix_attention", table.IMPLS, "torch", statics[5] or None, q, k, v, layout, rel_bias)
+    layout = _layout(q, k, bounds, *statics[:6])
+    kernel = dispatch.select("prefix_attention", table.IMPLS, "torch", statics[6] or None, q, k, v, layout, rel_bias)
     out, lse = kernel.forward(q, k, v, layout, rel_bias, scale)
     return out.contiguous(), lse.contiguous()
 
@@ -98,7 +102,7 @@ def _backward(
     *rest: Any,
 ) -> tuple[Tensor, ...]:
     *statics, wanted = rest
-    layout = _layout(q, k, bounds, *statics[:5])
+    layout = _layout(q, k, bounds, *statics[:6])
     # torch sees to it that dout and dlse are like out and lse as these were returned.
     keys = (*dout.shape[:-3], k.shape[-3] if k.ndim == dout.ndim else 0, *dout.shape[-2:])
     grid = tuple(2 * side - 1 for side in layout.image_grid or ())
@@ -111,7 +115,7 @@ def _backward(
         lse=(lse, dlse.shape, dlse.dtype),
         rel_bias=(rel_bias, (dout.shape[-2], *grid), None),
     )
-    kernel = dispatch.select("prefix_attention", table.IMPLS, "torch", statics[5] or None, q, k, v, layout, rel_bias)
+    kernel = dispatch.select("prefix_attention", table.IMPLS, "torch", statics[6] or None, q, k, v, layout, rel_bias)
     grads = kernel.backward(dout, dlse, q, k, v, out, lse, layout, rel_bias, scale, tuple(wanted))
     return tuple(q.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
 

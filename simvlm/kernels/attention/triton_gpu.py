@@ -167,11 +167,12 @@ def _launch_backward(
         pair = _blocks(head_dim, q.dtype, sums=2)
         tiles, rows = _tiles(layout.max_k_len, k, layout, pair["BLOCK_S"])
         grads = _rows(dk, layout), _rows(dv, layout)
-        transposed, _ = _table(rel_bias, q, layout, inverse, pair, transposed=True)
+        transposed, transposed_form = _table(rel_bias, q, layout, inverse, pair, transposed=True)
         kernels.dk_dv_kernel[(tiles * programs,)](
             *inputs, *grads, transposed, layout.bounds, layout.batch, heads, tiles, rows, total, *scales,
-            FORM=form, **constants, **pair,
+            FORM=transposed_form, **constants, **pair,
         )  # fmt: skip
+        del transposed
     if dtable is not None and layout.image_grid is not None:
         height, width = layout.image_grid
         at_once = _rows_at_once(heads, layout.image_grid)
@@ -249,13 +250,10 @@ def _table(
     sides = (blocks["BLOCK_S"], blocks["BLOCK_T"]) if transposed else (blocks["BLOCK_T"], blocks["BLOCK_S"])
     patches, heads = layout.image_grid[0] * layout.image_grid[1], rel_bias.shape[0]
     row_tiles, col_tiles = (-(-patches // side) for side in sides)
-    words = row_tiles * col_tiles * sides[0] * sides[1]
-    paired = q.dtype == torch.bfloat16  # two bfloat16 a word: no coarser than how p is rounded
-    if paired:
-        words //= 2
-    if not layout.at_origin or 4 * heads * words > _SCRATCH_BYTES:
+    numbers = row_tiles * col_tiles * sides[0] * sides[1]
+    if not layout.at_origin or 4 * heads * numbers > _SCRATCH_BYTES:
         return table, "gathered"
-    expanded = torch.empty(heads, words, dtype=torch.int32 if paired else torch.float32, device=q.device)
+    expanded = torch.empty(heads, numbers, dtype=torch.float32, device=q.device)
     expand_kernel[(row_tiles * col_tiles, heads)](
         table, expanded, inverse, GRID=layout.image_grid, TRANSPOSED=transposed,
         BLOCK_ROW=sides[0], BLOCK_COL=sides[1], WARPS=blocks["WARPS"],

@@ -44,16 +44,16 @@ def head_table(table, n, FORM: tl.constexpr, GRID: tl.constexpr, BLOCK_ROW: tl.c
     """Head n's table, in the form that the kernel reads."""
     if FORM == "expanded":
         PATCHES: tl.constexpr = GRID[0] * GRID[1]
-        WORDS: tl.constexpr = BLOCK_ROW * BLOCK_COL // (2 if table.dtype.element_ty == tl.int32 else 1)
-        return table + n.to(tl.int64) * (tl.cdiv(PATCHES, BLOCK_ROW) * tl.cdiv(PATCHES, BLOCK_COL) * WORDS)
+        TILES: tl.constexpr = tl.cdiv(PATCHES, BLOCK_ROW) * tl.cdiv(PATCHES, BLOCK_COL)
+        return table + n.to(tl.int64) * (TILES * BLOCK_ROW * BLOCK_COL)
     else:
         return table + n.to(tl.int64) * ((2 * GRID[0] - 1) * (2 * GRID[1] - 1))
 
 
 # An expanded tile [BLOCK_ROW, BLOCK_COL] lies in the order of the sums of mma and wgmma: a thread holds, of 8 columns,
-# 2 neighbours in each of 2 rows that are 8 apart; 32 lanes cover 16 rows × 8 columns; warps cover the rows, 16 each,
-# and parts of the columns if there are more. A thread's 16 bytes are such fours: one of float32, or two of 16 bits.
-# Should the compiler order registers otherwise, the numbers are the same, by way of shared memory.
+# 2 neighbours in each of 2 rows that are 8 apart: 16 bytes of float32; 32 lanes cover 16 rows × 8 columns; warps cover
+# the rows, 16 each, and parts of the columns if there are more. Should the compiler order registers otherwise, the
+# numbers are the same, by way of shared memory.
 
 
 @triton.jit(do_not_specialize=["inverse"])
@@ -73,45 +73,24 @@ def expand_kernel(
     SIZE: tl.constexpr = BLOCK_ROW * BLOCK_COL
     ROW_WARPS: tl.constexpr = min(WARPS, BLOCK_ROW // 16)
     COL_WARPS: tl.constexpr = WARPS // ROW_WARPS
-    PAIRED: tl.constexpr = expanded.dtype.element_ty == tl.int32
-    FOURS: tl.constexpr = 2 if PAIRED else 1
-    FIRST: tl.constexpr = 2 if PAIRED else 1  # a word of two numbers is written at a time
+    PARTS: tl.constexpr = BLOCK_COL // (8 * COL_WARPS)
     tile, n = tl.program_id(0), tl.program_id(1)
-    i = tl.arange(0, SIZE // FIRST) * FIRST
-    four = i // 4
-    lane = four // FOURS % 32
-    warp = four // (32 * FOURS) % WARPS
-    part = four // (32 * FOURS * WARPS)
-    PARTS: tl.constexpr = BLOCK_COL // (8 * FOURS * COL_WARPS)
+    i = tl.arange(0, SIZE)
+    lane, warp, part = i // 4 % 32, i // 128 % WARPS, i // (128 * WARPS)
     row = part // PARTS * (16 * ROW_WARPS) + warp % ROW_WARPS * 16 + i // 2 % 2 * 8 + lane // 4
-    col = (
-        warp // ROW_WARPS * (BLOCK_COL // COL_WARPS) + (part % PARTS * FOURS + four % FOURS) * 8 + lane % 4 * 2 + i % 2
-    )
+    col = warp // ROW_WARPS * (BLOCK_COL // COL_WARPS) + part % PARTS * 8 + lane % 4 * 2 + i % 2
     row += tile // COLS * BLOCK_ROW
     col += tile % COLS * BLOCK_COL
     source = head_table(table, n, "gathered", GRID, BLOCK_ROW, BLOCK_COL)
-    target = head_table(expanded, n, "expanded", GRID, BLOCK_ROW, BLOCK_COL) + tile * (SIZE // FIRST) + i // FIRST
+    target = head_table(expanded, n, "expanded", GRID, BLOCK_ROW, BLOCK_COL) + tile * SIZE + i
     if TRANSPOSED:
-        number = _entries(source, col, row, PATCHES, GRID) * inverse
+        tl.store(target, _entries(source, col, row, PATCHES, GRID) * inverse)
     else:
-        number = _entries(source, row, col, PATCHES, GRID) * inverse
-    if PAIRED:
-        if TRANSPOSED:
-            second = _entries(source, col + 1, row, PATCHES, GRID) * inverse
-        else:
-            second = _entries(source, row, col + 1, PATCHES, GRID) * inverse
-        tl.store(target, _half(number) | (_half(second) << 16))
-    else:
-        tl.store(target, number)
+        tl.store(target, _entries(source, row, col, PATCHES, GRID) * inverse)
 
 
 @triton.jit
-def _half(x):
-    return x.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-
-
-@triton.jit
-def expanded_tile(
+def _expanded_tile(
     expanded,
     row_tile,
     col_tile,
@@ -120,27 +99,21 @@ def expanded_tile(
     BLOCK_COL: tl.constexpr,
     WARPS: tl.constexpr,
 ):
-    """Tile (row_tile, col_tile) of one head's expanded table, float32 [BLOCK_ROW, BLOCK_COL]."""
+    """Tile (row_tile, col_tile) of one head's expanded table, [BLOCK_ROW, BLOCK_COL]."""
     COLS: tl.constexpr = tl.cdiv(GRID[0] * GRID[1], BLOCK_COL)
     SIZE: tl.constexpr = BLOCK_ROW * BLOCK_COL
     ROW_WARPS: tl.constexpr = min(WARPS, BLOCK_ROW // 16)
     COL_WARPS: tl.constexpr = WARPS // ROW_WARPS
-    PAIRED: tl.constexpr = expanded.dtype.element_ty == tl.int32
-    FOURS: tl.constexpr = 2 if PAIRED else 1
-    WORDS: tl.constexpr = 2 if PAIRED else 1
+    REPEATS: tl.constexpr = BLOCK_ROW // (16 * ROW_WARPS)
+    PARTS: tl.constexpr = BLOCK_COL // (8 * COL_WARPS)
     inside = (
-        tl.arange(0, SIZE // (WARPS * 128 * FOURS))[:, None, None] * (WARPS * 128)
+        tl.arange(0, SIZE // (WARPS * 128))[:, None, None] * (WARPS * 128)
         + tl.arange(0, WARPS * 32)[None, :, None] * 4
         + tl.arange(0, 4)[None, None, :]
     )
-    numbers = tl.load(expanded + (row_tile * COLS + col_tile) * (SIZE // WORDS) + inside)
-    if PAIRED:
-        low = (numbers << 16).to(tl.float32, bitcast=True)
-        numbers = tl.join(low, (numbers & -65536).to(tl.float32, bitcast=True))
-    REPEATS: tl.constexpr = BLOCK_ROW // (16 * ROW_WARPS)
-    PARTS: tl.constexpr = BLOCK_COL // (8 * FOURS * COL_WARPS)
-    numbers = tl.reshape(numbers, [REPEATS, PARTS, COL_WARPS, ROW_WARPS, 8, 4, FOURS, 2, 2])
-    numbers = tl.permute(numbers, [0, 3, 7, 4, 2, 1, 6, 5, 8])
+    numbers = tl.load(expanded + (row_tile * COLS + col_tile) * SIZE + inside)
+    numbers = tl.reshape(numbers, [REPEATS, PARTS, COL_WARPS, ROW_WARPS, 8, 4, 2, 2])
+    numbers = tl.permute(numbers, [0, 3, 6, 4, 2, 1, 5, 7])
     return tl.reshape(numbers, [BLOCK_ROW, BLOCK_COL])
 
 
@@ -169,17 +142,15 @@ def biased_products(
     `position` and `key` are the queries' and keys' positions; (row_tile, col_tile) is their tile of the expanded table.
     """
     if FORM == "expanded":
-        bias = expanded_tile(table, row_tile, col_tile, GRID, BLOCK_ROW, BLOCK_COL, WARPS)
-        if PRECISION == "ieee":
-            return products(a, b, bias, WIDTHS, PRECISION)
-        else:  # float32 sums that begin with the bias would round every product at the bias's size
-            return products(a, b, None, WIDTHS, PRECISION) + bias
+        bias = _expanded_tile(table, row_tile, col_tile, GRID, BLOCK_ROW, BLOCK_COL, WARPS)
     elif TRANSPOSED:
-        bias = _entries(table, position[None, :], key[:, None], image_len, GRID)
-        return products(a, b, None, WIDTHS, PRECISION) + bias * inverse
+        bias = _entries(table, position[None, :], key[:, None], image_len, GRID) * inverse
     else:
-        bias = _entries(table, position[:, None], key[None, :], image_len, GRID)
-        return products(a, b, None, WIDTHS, PRECISION) + bias * inverse
+        bias = _entries(table, position[:, None], key[None, :], image_len, GRID) * inverse
+    if PRECISION == "ieee":
+        return products(a, b, bias, WIDTHS, PRECISION)
+    else:  # float32 sums that begin with the bias would round every product at the bias's size
+        return products(a, b, None, WIDTHS, PRECISION) + bias
 
 
 @triton.jit(
