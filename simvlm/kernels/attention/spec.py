@@ -33,8 +33,8 @@ has no such term. Only an out kept in float32 (memory) or a second pass over the
 
 HALF_UNIT = {"float32": 0.0, "bfloat16": 2.0**-9, "float16": 2.0**-12}
 """of the last place, at most, in 16 bits. Times the root of the sum of squares of the terms of dq and dk: a kernel
-rounds dS before these products, as it does P before out and dv; the yardstick rounds dP instead, and where few terms are
-summed chance decides whose error is the larger. Times an array's largest element: the array itself is rounded."""
+rounds dS before these products, as it does P before out and dv; the yardstick rounds dP instead, and where few terms
+are summed chance decides whose error is the larger. Times an array's largest element: the array itself is rounded."""
 
 H200_FLOPS_PER_S = 790e12
 """A large bfloat16 matrix product, measured."""
