@@ -73,7 +73,7 @@ def forward(
             rest,
             inverse,
             FORM=form,
-            **_constants(q, layout),
+            **_constants(q, layout, rel_bias),
             **blocks,
         )
     return out, lse
@@ -134,7 +134,7 @@ def _launch_backward(
     from simvlm.kernels.attention.triton_gpu_table import table_pairs_kernel, table_sum_kernel
 
     heads, head_dim = q.shape[-2:]
-    constants, blocks = _constants(q, layout), _blocks(head_dim, q.dtype)
+    constants, blocks = _constants(q, layout, rel_bias), _blocks(head_dim, q.dtype)
     total = lse.numel() // heads
     scales = factor, rest, inverse = _scale_parts(scale)
     lse2, delta = (torch.empty(heads, total, dtype=torch.float32, device=q.device) for _ in range(2))
@@ -211,11 +211,11 @@ def _blocks(head_dim: int, dtype: torch.dtype, sums: int = 1) -> dict[str, int]:
     return blocks | {"WARPS": blocks["num_warps"]}
 
 
-def _constants(q: Tensor, layout: PrefixLayout) -> dict[str, Any]:
+def _constants(q: Tensor, layout: PrefixLayout, rel_bias: Tensor | None) -> dict[str, Any]:
     """The compile-time constants that all attention kernels take."""
     return {
         "PADDED": layout.is_padded,
-        "GRID": layout.image_grid,
+        "GRID": None if rel_bias is None else layout.image_grid,
         "WIDTHS": _widths(q.shape[-1]),
         # Three TF32 products carry float32's bits through the tensor cores; 16-bit products are exact in any case.
         "PRECISION": "tf32x3" if q.dtype == torch.float32 else "ieee",
