@@ -1,9 +1,10 @@
 """The relative-position table in the Triton kernels: as the bias of a tile of scores, and its gradient.
 
 To gather the table per element costs instructions that nothing hides. So where every sequence begins at position 0,
-the table is expanded once a call into tiles of patches × patches, which all sequences share. A tile's numbers lie in the
-order in which a matrix product's sums lie in registers: each thread loads its own, 16 bytes at a time, and nothing moves
-between threads. Where the expanded table would be too large, or sequences begin elsewhere, it is gathered.
+the table is expanded once a call into tiles of patches × patches, which all sequences share. A tile's numbers lie
+in the order in which a matrix product's sums lie in registers: each thread loads its own, 16 bytes at a time, and
+nothing moves between threads. Where the expanded table would be too large, or sequences begin elsewhere, it is
+gathered.
 """
 
 # mypy: disallow-untyped-defs=False
