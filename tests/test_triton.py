@@ -43,6 +43,62 @@ def test_the_table_gradient_in_bands_of_image_rows(rows, monkeypatch):
     assert not parity.violations(spec, case, "torch", "triton", "float32")
 
 
+def test_the_table_gradient_in_parts_of_the_batch(monkeypatch):
+    """Parts of three sequences: one without any image, others with sequences that have no queries or no keys."""
+    case = spec.Case(
+        name="parts",
+        q_lens=(13, 0, 20, 9, 0, 15, 12, 14),
+        prefix_lens=(12, 0, 5, 9, 0, 3, 12, 14),
+        image_grid=(3, 4),
+        has_image=(True, True, False, False, True, False, False, True),
+    )
+    monkeypatch.setattr(triton_gpu, "_PART", 3)
+    assert triton_gpu._parts(8, case.heads, case.image_grid) == (3, 3)
+    assert not parity.violations(spec, case, "torch", "triton", "float32")
+    monkeypatch.setattr(triton_gpu, "_SCRATCH_BYTES", 2 * 4 * case.heads * 12 * 12)
+    assert triton_gpu._parts(8, case.heads, case.image_grid) == (2, 4)
+    assert not parity.violations(spec, case, "torch", "triton", "float32")
+
+
+SPLIT = spec.Case(
+    name="split",
+    q_lens=(1, 16, 17, 0, 3, 2),
+    k_lens=(1100, 513, 600, 700, 1024, 40),
+    q_offsets=(1099, 300, 583, 0, 600, 10),
+    prefix_lens=(0, 513, 100, 700, 0, 0),
+    image_grid=(4, 6),
+    heads=1,
+    head_dim=24,
+)
+
+
+@pytest.mark.parametrize(("dtype", "padded"), [("float32", None), ("float16", (18, 1105))])
+def test_a_few_queries_over_chunks_of_many_keys(dtype, padded):
+    """Split and not split in one batch, and queries that do not see all of the chunks."""
+    assert not parity.violations(spec, dataclasses.replace(SPLIT, padded=padded), "torch", "triton", dtype)
+
+
+def test_a_split_sequence_has_the_same_bits_alone():
+    inputs = spec.make_inputs(SPLIT)
+    whole, lse = spec.call(SPLIT, SPLIT.layout(), {n: torch.from_numpy(x) for n, x in inputs.items()}, "triton")
+    layout = SPLIT.layout()
+    for b in (0, 4):
+        case = dataclasses.replace(
+            SPLIT,
+            q_lens=SPLIT.q_lens[b : b + 1],
+            k_lens=SPLIT.k_lens[b : b + 1],
+            q_offsets=SPLIT.q_offsets[b : b + 1],
+            prefix_lens=SPLIT.prefix_lens[b : b + 1],
+        )
+        queries = slice(layout.q_starts[b], layout.q_starts[b] + layout.q_lens[b])
+        keys = slice(layout.k_starts[b], layout.k_starts[b] + layout.k_lens[b])
+        own = {name: torch.from_numpy(x[keys if name in "kv" else queries]) for name, x in inputs.items()}
+        own["rel_bias"] = torch.from_numpy(inputs["rel_bias"])
+        alone, lse_alone = spec.call(case, case.layout(), own, "triton")
+        assert torch.equal(alone, whole[queries])
+        assert torch.equal(lse_alone, lse[queries])
+
+
 def test_cotangents_of_stride_zero():
     layout = PrefixLayout.padded(2, 9, q_lens=[9, 4], prefix_lens=[3, 0])
     leaves = [torch.randn(2, 9, 2, 24, requires_grad=True) for _ in range(3)]

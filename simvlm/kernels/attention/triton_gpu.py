@@ -24,6 +24,9 @@ _SCRATCH_BYTES = 64 * 2**20
 """Room for the sums of ds over pairs of patches (grids with more go through it a few image rows at a time), and for the
 expanded table (grids with more gather it)."""
 
+_PART = 16
+"""Sequences over which one program sums ds, where the scratch has room: enough programs to fill a GPU."""
+
 _ROW_STRIDE = 2**24
 """In elements: the kernels place a tile with 64-bit numbers and the rows inside it with 32-bit ones."""
 
@@ -47,35 +50,37 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, rel_bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) as `prefix_attention` documents them."""
-    from simvlm.kernels.attention.triton_gpu_forward import forward_kernel
+    from simvlm.kernels.attention import triton_gpu_forward as kernels
 
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     if layout.batch == 0 or q.numel() == 0:
         return out.zero_(), lse.fill_(float("-inf"))
     heads, head_dim = q.shape[-2:]
-    blocks = _blocks(head_dim, q.dtype)
+    q, scale = _scaled(q, scale)
+    inverse = 1 / scale
+    constants, blocks = _constants(q, layout, rel_bias), _blocks(head_dim, q.dtype)
     tiles, rows = _tiles(layout.max_q_len, q, layout, blocks["BLOCK_T"])
-    factor, rest, inverse = _scale_parts(scale)
+    chunks, _ = _tiles(layout.max_k_len, k, layout, kernels.CHUNK.value)
+    programs = heads * layout.batch
+    inputs = (*(_rows(_aligned(x), layout) for x in (q, k, v)),)
     with torch.cuda.device_of(q):
         table, form = _table(rel_bias, q, layout, inverse, blocks)
-        forward_kernel[(tiles * heads * layout.batch,)](
-            *(_rows(_aligned(x), layout) for x in (q, k, v)),
-            _rows(out, layout),
-            lse,
-            table,
-            layout.bounds,
-            layout.batch,
-            heads,
-            tiles,
-            rows,
-            factor,
-            rest,
-            inverse,
-            FORM=form,
-            **_constants(q, layout, rel_bias),
-            **blocks,
-        )
+        kernels.forward_kernel[(tiles * programs,)](
+            *inputs, _rows(out, layout), lse, table, layout.bounds, layout.batch, heads, tiles, rows, scale, inverse,
+            SPLIT=chunks > 1, FORM=form, **constants, **blocks,
+        )  # fmt: skip
+        if chunks > 1:
+            state = kernels.FEW.value * (head_dim + 2)
+            states = torch.empty(programs * chunks * state, dtype=torch.float32, device=q.device)
+            kernels.split_kernel[(chunks * programs,)](
+                *inputs, states, table, layout.bounds, layout.batch, heads, chunks, scale, inverse,
+                FORM=form, **constants, **blocks,
+            )  # fmt: skip
+            kernels.join_kernel[(programs,)](
+                states, _rows(out, layout), lse, layout.bounds, layout.batch, heads, chunks,
+                PADDED=layout.is_padded, WIDTHS=constants["WIDTHS"],
+            )  # fmt: skip
     return out, lse
 
 
@@ -136,7 +141,9 @@ def _launch_backward(
     heads, head_dim = q.shape[-2:]
     constants, blocks = _constants(q, layout, rel_bias), _blocks(head_dim, q.dtype)
     total = lse.numel() // heads
-    scales = factor, rest, inverse = _scale_parts(scale)
+    dq_scale = scale
+    q, scale = _scaled(q, scale)
+    inverse = 1 / scale
     lse2, delta = (torch.empty(heads, total, dtype=torch.float32, device=q.device) for _ in range(2))
     inputs = *(_rows(_aligned(x), layout) for x in (q, k, v, dout)), lse2, delta
     tiles, rows = _tiles(layout.max_q_len, q, layout, blocks["BLOCK_T"])
@@ -160,8 +167,8 @@ def _launch_backward(
     table, form = _table(rel_bias, q, layout, inverse, blocks)
     if dq is not None:
         kernels.dq_kernel[(tiles * programs,)](
-            *inputs, _rows(dq, layout), table, layout.bounds, layout.batch, heads, tiles, rows, total, *scales,
-            FORM=form, **constants, **blocks,
+            *inputs, _rows(dq, layout), table, layout.bounds, layout.batch, heads, tiles, rows, total, scale,
+            inverse, dq_scale, FORM=form, **constants, **blocks,
         )  # fmt: skip
     if dk is not None and dv is not None:
         pair = _blocks(head_dim, q.dtype, sums=2)
@@ -169,8 +176,8 @@ def _launch_backward(
         grads = _rows(dk, layout), _rows(dv, layout)
         transposed, transposed_form = _table(rel_bias, q, layout, inverse, pair, transposed=True)
         kernels.dk_dv_kernel[(tiles * programs,)](
-            *inputs, *grads, transposed, layout.bounds, layout.batch, heads, tiles, rows, total, *scales,
-            FORM=transposed_form, **constants, **pair,
+            *inputs, *grads, transposed, layout.bounds, layout.batch, heads, tiles, rows, total, scale,
+            inverse, FORM=transposed_form, **constants, **pair,
         )  # fmt: skip
         del transposed
     if dtable is not None and layout.image_grid is not None:
@@ -180,19 +187,21 @@ def _launch_backward(
             blocks |= {"BLOCK_T": 16, "num_warps": 4, "WARPS": 4}
         if q.dtype == torch.float32 or at_once < height:  # other tiles than those of the expanded table
             table, form = _float_table(rel_bias), "gathered"
-        pairs = torch.empty(heads * at_once * width * height * width, dtype=torch.float32, device=q.device)
+        parts, sequences = _parts(layout.batch, heads, layout.image_grid)
+        pairs = torch.empty(parts * heads * at_once * width * height * width, dtype=torch.float32, device=q.device)
         tiles_j = -(-height * width // blocks["BLOCK_S"])
         c, d = (min(_power_of_two(n), most) for n, most in ((width, 32), (2 * width - 1, 64)))
         for begin in range(0, height, at_once):
             end = min(begin + at_once, height)
             tiles_p = -(-(end - begin) * width // blocks["BLOCK_T"])
-            table_pairs_kernel[(tiles_p * tiles_j * heads,)](
+            table_pairs_kernel[(tiles_p * tiles_j * heads, parts)](
                 *inputs, pairs, table, layout.bounds, layout.batch, heads, tiles_p, tiles_j,
-                begin * width, end * width, total, *scales, FORM=form, **constants, **blocks,
+                begin * width, end * width, total, sequences, scale, inverse, FORM=form, **constants, **blocks,
             )  # fmt: skip
             table_sum_kernel[(heads * (2 * height - 1), -(-(2 * width - 1) // d))](
-                pairs, dtable, begin, end, GRID=layout.image_grid, BLOCK_C=c, BLOCK_D=d
-            )
+                pairs, dtable, begin, end, parts, heads,
+                GRID=layout.image_grid, BLOCK_Z=4096 // (c * d), BLOCK_C=c, BLOCK_D=d,
+            )  # fmt: skip
 
 
 def _blocks(head_dim: int, dtype: torch.dtype, sums: int = 1) -> dict[str, int]:
@@ -222,15 +231,17 @@ def _constants(q: Tensor, layout: PrefixLayout, rel_bias: Tensor | None) -> dict
     }
 
 
-def _scale_parts(scale: float) -> tuple[float, float, float]:
-    """(factor, rest, 1 / rest): scale = factor · rest, factor 0, ±1 or, for a scale out of all bounds, a power of two.
+def _scaled(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """(q', s) with q' · s = q · scale, where s is positive and so near to 1 that bias / s is a float32 number.
 
-    Kernels multiply 16-bit numbers by `factor`, which rounds nothing, and float32 scores by `rest`, which is positive.
+    q' is q itself for every scale that a model has, else q times 0, -1 or a power of two, which rounds nothing.
     """
     mantissa, exponent = math.frexp(scale)
+    if scale == 0.0:
+        return q * 0.0, 1.0
     if abs(exponent) < 30:
-        return math.copysign(1.0, scale) * (scale != 0), abs(scale) or 1.0, 1.0 / (abs(scale) or 1.0)
-    return math.ldexp(math.copysign(0.5, scale), exponent), 2 * abs(mantissa), 0.5 / abs(mantissa)
+        return (q, scale) if scale > 0 else (-q, -scale)
+    return q * math.ldexp(math.copysign(0.5, scale), exponent), 2 * abs(mantissa)
 
 
 def _table(
@@ -303,3 +314,10 @@ def _rows_at_once(heads: int, grid: tuple[int, int]) -> int:
     """Image rows of which the pairs with every patch fit into the scratch, for all heads; at most all."""
     height, width = grid
     return min(height, _SCRATCH_BYTES // (4 * heads * width * height * width))
+
+
+def _parts(batch: int, heads: int, grid: tuple[int, int]) -> tuple[int, int]:
+    """(parts, sequences of each) of a batch whose ds are summed apart first: few, if their pairs fill the scratch."""
+    room = _SCRATCH_BYTES // (4 * heads * (grid[0] * grid[1]) ** 2)
+    sequences = max(_PART, -(-batch // max(room, 1)))
+    return -(-batch // sequences), sequences

@@ -28,9 +28,10 @@ from simvlm.kernels.attention.triton_gpu_tiles import (
     products,
     row_numbers,
     rows_of,
+    rows_until,
     scaled,
     store_rows,
-    times,
+    stream_rows,
     zero_where_not,
     zeros,
 )
@@ -62,8 +63,8 @@ def delta_kernel(
     first = tile * BLOCK_T
     offs_t = first + tl.arange(0, BLOCK_T)
     mask_t = offs_t < tl.load(bounds + batch + b)
-    dout_tile = load_rows(rows_of(dout, q_start, b, n, PADDED), first, mask_t, True, BLOCK_T, WIDTHS)
-    out_tile = load_rows(rows_of(out, q_start, b, n, PADDED), first, mask_t, True, BLOCK_T, WIDTHS)
+    dout_tile = load_rows(rows_of(dout, q_start, b, n, PADDED), first, mask_t, BLOCK_T, WIDTHS)
+    out_tile = load_rows(rows_of(out, q_start, b, n, PADDED), first, mask_t, BLOCK_T, WIDTHS)
     difference = tl.sum(dout_tile[0].to(tl.float32) * out_tile[0].to(tl.float32), 1)
     if WIDTHS[2] > 0:
         difference += tl.sum(dout_tile[1].to(tl.float32) * out_tile[1].to(tl.float32), 1)
@@ -107,8 +108,8 @@ def _add_dq(
     """dq_tile + Σ ds · k over the key tiles from `begin` to `end`."""
     for start in range(begin, end, BLOCK_S):
         offs_s = start + tl.arange(0, BLOCK_S)
-        mask_s = offs_s < k_len
-        k_tile = load_rows(k, start, mask_s, MASKED, BLOCK_S, WIDTHS)
+        rows = rows_until(start, k_len, MASKED, BLOCK_S)
+        k_tile = stream_rows(k, start, rows, WIDTHS)
         if BIASED:
             scores = biased_products(
                 q_tile, k_tile, table, tile, start // BLOCK_S, position, offs_s, image_len, inverse,
@@ -118,13 +119,13 @@ def _add_dq(
             scores = products(q_tile, k_tile, None, WIDTHS, PRECISION)
         p = tl.exp2(scores * scale2 - lse2[:, None])
         if MASKED:
-            p = tl.where(offs_s[None, :] < limit[:, None], p, 0.0)
-        dp = products(dout_tile, load_rows(v, start, mask_s, MASKED, BLOCK_S, WIDTHS), None, WIDTHS, PRECISION)
+            p = tl.where(tl.arange(0, BLOCK_S)[None, :] < (limit - start)[:, None], p, 0.0)
+        dp = products(dout_tile, stream_rows(v, start, rows, WIDTHS), None, WIDTHS, PRECISION)
         dq_tile = add_mix(dq_tile, p * (dp - delta[:, None]), k_tile, WIDTHS, PRECISION)
     return dq_tile
 
 
-@triton.jit(do_not_specialize=["batch", "heads", "tiles", "rows", "total", "factor", "rest", "inverse"])
+@triton.jit(do_not_specialize=["batch", "heads", "tiles", "rows", "total", "scale", "inverse", "dq_scale"])
 def dq_kernel(
     q,
     k,
@@ -140,9 +141,9 @@ def dq_kernel(
     tiles,
     rows,
     total,
-    factor,
-    rest,
+    scale,
     inverse,
+    dq_scale,
     PADDED: tl.constexpr,
     FORM: tl.constexpr,
     GRID: tl.constexpr,
@@ -160,9 +161,8 @@ def dq_kernel(
     first = tile * BLOCK_T
     offs_t = first + tl.arange(0, BLOCK_T)
     mask_t = offs_t < q_len
-    q_tile = load_rows(rows_of(q, q_start, b, n, PADDED), first, mask_t, True, BLOCK_T, WIDTHS)
-    q_tile = times(q_tile, factor, WIDTHS)
-    dout_tile = load_rows(rows_of(dout, q_start, b, n, PADDED), first, mask_t, True, BLOCK_T, WIDTHS)
+    q_tile = load_rows(rows_of(q, q_start, b, n, PADDED), first, mask_t, BLOCK_T, WIDTHS)
+    dout_tile = load_rows(rows_of(dout, q_start, b, n, PADDED), first, mask_t, BLOCK_T, WIDTHS)
     lse2_t, delta_t = row_numbers(
         numbers_of(lse2, q_start, n, total), numbers_of(delta, q_start, n, total), offs_t, mask_t
     )
@@ -170,7 +170,7 @@ def dq_kernel(
     limit = tl.minimum(k_len, tl.maximum(prefix_len, position + 1))
 
     biased, full, end = key_ranges(first, q_len, k_len, prefix_len, q_offset, image_len, BLOCK_T, BLOCK_S)
-    scale2 = rest * LOG2E
+    scale2 = scale * LOG2E
     dq_tile = zeros(BLOCK_T, WIDTHS)
     if FORM == "none":
         biased = 0
@@ -194,7 +194,7 @@ def dq_kernel(
         k_len, image_len, inverse, scale2, False, True, FORM, GRID, WIDTHS, BLOCK_T, BLOCK_S, WARPS, PRECISION,
     )  # fmt: skip
 
-    dq_tile = zero_where_not(mask_t, scaled(dq_tile, factor * rest, WIDTHS), WIDTHS)
+    dq_tile = zero_where_not(mask_t, scaled(dq_tile, dq_scale, WIDTHS), WIDTHS)
     dq = rows_of(dq, q_start, b, n, PADDED)
     owned = owned_rows(bounds, q_start, b, batch, rows, PADDED)
     store_rows(dq, first, dq_tile, offs_t < owned, BLOCK_T, WIDTHS)
@@ -217,9 +217,9 @@ def _add_dk_dv(
     table,
     tile,
     offs_s,
+    since,
     q_len,
     q_offset,
-    prefix_len,
     image_len,
     inverse,
     scale2,
@@ -239,8 +239,8 @@ def _add_dk_dv(
         offs_t = start + tl.arange(0, BLOCK_T)
         mask_t = offs_t < q_len
         position = q_offset + offs_t
-        q_tile = load_rows(q, start, mask_t, True, BLOCK_T, WIDTHS)
-        dout_tile = load_rows(dout, start, mask_t, True, BLOCK_T, WIDTHS)
+        rows = rows_until(start, q_len, True, BLOCK_T)
+        q_tile, dout_tile = stream_rows(q, start, rows, WIDTHS), stream_rows(dout, start, rows, WIDTHS)
         lse2_t, delta_t = row_numbers(lse2, delta, offs_t, mask_t)
         # Transposed, keys × queries, so that both sums below take their weights as they come out of the products.
         if BIASED:
@@ -252,14 +252,14 @@ def _add_dk_dv(
             scores = products(k_tile, q_tile, None, WIDTHS, PRECISION)
         p = tl.exp2(scores * scale2 - lse2_t[None, :])
         if MASKED:
-            p = tl.where(offs_s[:, None] < tl.maximum(prefix_len, position + 1)[None, :], p, 0.0)
+            p = tl.where(tl.arange(0, BLOCK_T)[None, :] >= (since - start)[:, None], p, 0.0)
         dv_tile = add_mix(dv_tile, p, dout_tile, WIDTHS, PRECISION)
         dp = products(v_tile, dout_tile, None, WIDTHS, PRECISION)
         dk_tile = add_mix(dk_tile, p * (dp - delta_t[None, :]), q_tile, WIDTHS, PRECISION)
     return dk_tile, dv_tile
 
 
-@triton.jit(do_not_specialize=["batch", "heads", "tiles", "rows", "total", "factor", "rest", "inverse"])
+@triton.jit(do_not_specialize=["batch", "heads", "tiles", "rows", "total", "scale", "inverse"])
 def dk_dv_kernel(
     q,
     k,
@@ -276,8 +276,7 @@ def dk_dv_kernel(
     tiles,
     rows,
     total,
-    factor,
-    rest,
+    scale,
     inverse,
     PADDED: tl.constexpr,
     FORM: tl.constexpr,
@@ -298,16 +297,16 @@ def dk_dv_kernel(
     first = tile * BLOCK_S
     offs_s = first + tl.arange(0, BLOCK_S)
     mask_s = offs_s < k_len
-    k_tile = load_rows(rows_of(k, k_start, b, n, PADDED), first, mask_s, True, BLOCK_S, WIDTHS)
-    k_tile = times(k_tile, factor, WIDTHS)
-    v_tile = load_rows(rows_of(v, k_start, b, n, PADDED), first, mask_s, True, BLOCK_S, WIDTHS)
+    k_tile = load_rows(rows_of(k, k_start, b, n, PADDED), first, mask_s, BLOCK_S, WIDTHS)
+    v_tile = load_rows(rows_of(v, k_start, b, n, PADDED), first, mask_s, BLOCK_S, WIDTHS)
 
     last = tl.minimum(first + BLOCK_S, k_len) - 1
     end = tl.where(first < k_len, q_len, 0)
     # Key j is seen by every query from j - q_offset on, and by all of them inside the prefix.
+    since = tl.where(offs_s < prefix_len, 0, offs_s - q_offset)
     some = tl.where(first < prefix_len, 0, tl.maximum(first - q_offset, 0)) // BLOCK_T * BLOCK_T
     full = tl.where(last < prefix_len, 0, tl.cdiv(tl.maximum(last - q_offset, 0), BLOCK_T) * BLOCK_T)
-    scale2 = rest * LOG2E
+    scale2 = scale * LOG2E
     sums = zeros(BLOCK_S, WIDTHS), zeros(BLOCK_S, WIDTHS)
     biased = 0
     if FORM != "none":
@@ -315,27 +314,27 @@ def dk_dv_kernel(
         biased = tl.cdiv(patches, BLOCK_T) * BLOCK_T
         table = head_table(table, n, FORM, GRID, BLOCK_S, BLOCK_T)
         sums = _add_dk_dv(
-            sums, some, tl.minimum(biased, full), k_tile, v_tile, q, dout, lse2, delta, table, tile, offs_s, q_len,
-            q_offset, prefix_len, image_len, inverse, scale2,
+            sums, some, tl.minimum(biased, full), k_tile, v_tile, q, dout, lse2, delta, table, tile, offs_s, since,
+            q_len, q_offset, image_len, inverse, scale2,
             True, True, FORM, GRID, WIDTHS, BLOCK_T, BLOCK_S, WARPS, PRECISION,
         )  # fmt: skip
     sums = _add_dk_dv(
         sums, tl.maximum(some, biased), tl.minimum(full, end), k_tile, v_tile, q, dout, lse2, delta, table, tile,
-        offs_s, q_len, q_offset, prefix_len, image_len, inverse, scale2,
+        offs_s, since, q_len, q_offset, image_len, inverse, scale2,
         False, True, FORM, GRID, WIDTHS, BLOCK_T, BLOCK_S, WARPS, PRECISION,
     )  # fmt: skip
     if FORM != "none":
         sums = _add_dk_dv(
-            sums, full, biased, k_tile, v_tile, q, dout, lse2, delta, table, tile, offs_s, q_len, q_offset, prefix_len,
+            sums, full, biased, k_tile, v_tile, q, dout, lse2, delta, table, tile, offs_s, since, q_len, q_offset,
             image_len, inverse, scale2, True, False, FORM, GRID, WIDTHS, BLOCK_T, BLOCK_S, WARPS, PRECISION,
         )  # fmt: skip
     sums = _add_dk_dv(
-        sums, tl.maximum(full, biased), end, k_tile, v_tile, q, dout, lse2, delta, table, tile, offs_s, q_len,
-        q_offset, prefix_len, image_len, inverse, scale2,
+        sums, tl.maximum(full, biased), end, k_tile, v_tile, q, dout, lse2, delta, table, tile, offs_s, since, q_len,
+        q_offset, image_len, inverse, scale2,
         False, False, FORM, GRID, WIDTHS, BLOCK_T, BLOCK_S, WARPS, PRECISION,
     )  # fmt: skip
 
-    dk_tile = zero_where_not(mask_s, scaled(sums[0], factor * rest, WIDTHS), WIDTHS)
+    dk_tile = zero_where_not(mask_s, scaled(sums[0], scale, WIDTHS), WIDTHS)
     dv_tile = zero_where_not(mask_s, sums[1], WIDTHS)
     dk = rows_of(dk, k_start, b, n, PADDED)
     dv = rows_of(dv, k_start, b, n, PADDED)

@@ -17,12 +17,12 @@ import triton.language as tl
 from simvlm.kernels.attention.triton_gpu_tiles import (
     LOG2E,
     bounds_of,
-    load_rows,
     numbers_of,
     products,
     row_numbers,
     rows_of,
-    times,
+    rows_until,
+    stream_rows,
 )
 
 
@@ -154,8 +154,33 @@ def biased_products(
         return products(a, b, None, WIDTHS, PRECISION) + bias
 
 
+@triton.jit
+def _first_with_image(bounds, begin, end, batch, BLOCK: tl.constexpr):
+    """The first of the sequences from `begin` to `end` that has queries, keys and an image; `end` where none has."""
+    found = end
+    for start in range(begin, end, BLOCK):
+        b = start + tl.arange(0, BLOCK)
+        inside = b < end
+        q_len = tl.load(bounds + batch + b, mask=inside, other=0)
+        k_len = tl.load(bounds + 3 * batch + b, mask=inside, other=0)
+        image_len = tl.load(bounds + 6 * batch + b, mask=inside, other=0)
+        found = tl.minimum(found, tl.min(tl.where((q_len > 0) & (k_len > 0) & (image_len > 0), b, end), 0))
+    return found
+
+
 @triton.jit(
-    do_not_specialize=["batch", "heads", "tiles_p", "tiles_j", "begin", "end", "total", "factor", "rest", "inverse"]
+    do_not_specialize=[
+        "batch",
+        "heads",
+        "tiles_p",
+        "tiles_j",
+        "begin",
+        "end",
+        "total",
+        "at_once",
+        "scale",
+        "inverse",
+    ]
 )
 def table_pairs_kernel(
     q,
@@ -174,8 +199,8 @@ def table_pairs_kernel(
     begin,
     end,
     total,
-    factor,
-    rest,
+    at_once,
+    scale,
     inverse,
     PADDED: tl.constexpr,
     FORM: tl.constexpr,
@@ -186,8 +211,12 @@ def table_pairs_kernel(
     WARPS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """pairs[n, p - begin, j] = Σ_b ds over the patches p from `begin` to `end` and all patches j."""
-    program = tl.program_id(0)
+    """pairs[part, n, p - begin, j] = Σ_b ds over the patches p from `begin` to `end` and all patches j.
+
+    A part of the batch is `at_once` sequences, b among them.
+    """
+    PATCHES: tl.constexpr = GRID[0] * GRID[1]
+    program, part = tl.program_id(0), tl.program_id(1)
     tile_p = program % tiles_p
     tile_j = program // tiles_p % tiles_j
     first = tile_j * BLOCK_S
@@ -196,44 +225,56 @@ def table_pairs_kernel(
     position = first_p + tl.arange(0, BLOCK_T)
     offs_s = first + tl.arange(0, BLOCK_S)
     table = head_table(table, n, FORM, GRID, BLOCK_T, BLOCK_S)
-    scale2 = rest * LOG2E
+    scale2 = scale * LOG2E
     sums = tl.zeros([BLOCK_T, BLOCK_S], tl.float32)
-    for b in range(batch):
-        q_start, q_len, k_start, k_len, prefix_len, q_offset, image_len = bounds_of(bounds, b, batch)
+    last = tl.minimum(batch, (part + 1) * at_once)
+    with_image = _first_with_image(bounds, part * at_once, last, batch, 128)
+    for each in range(with_image, last):
+        # A branch would end the overlap of loads: who has nothing here reads what another has, and it weighs nothing.
+        rows = tl.minimum(tl.load(bounds + batch + each), tl.load(bounds + 3 * batch + each))
+        image_len = tl.where(rows > 0, tl.load(bounds + 6 * batch + each), 0)
+        b = tl.where(image_len > 0, each, with_image)
+        q_start, q_len, k_start, k_len, prefix_len, q_offset, _ = bounds_of(bounds, b, batch)
+        if FORM == "expanded":
+            q_offset = 0
+        start = first_p - q_offset
         offs_t = position - q_offset
         mask_t = (offs_t >= 0) & (offs_t < q_len) & (position < image_len)
-        keys = tl.minimum(k_len, image_len)
-        limit = tl.where(mask_t, tl.minimum(keys, tl.maximum(prefix_len, position + 1)), 0)
-        if tl.max(limit, 0) > first:
-            mask_s = offs_s < keys
-            start = first_p - q_offset
-            q_tile = load_rows(rows_of(q, q_start, b, n, PADDED), start, mask_t, True, BLOCK_T, WIDTHS)
-            dout_tile = load_rows(rows_of(dout, q_start, b, n, PADDED), start, mask_t, True, BLOCK_T, WIDTHS)
-            k_tile = load_rows(rows_of(k, k_start, b, n, PADDED), first, mask_s, True, BLOCK_S, WIDTHS)
-            v_tile = load_rows(rows_of(v, k_start, b, n, PADDED), first, mask_s, True, BLOCK_S, WIDTHS)
-            lse2_t, delta_t = row_numbers(
-                numbers_of(lse2, q_start, n, total), numbers_of(delta, q_start, n, total), offs_t, mask_t
-            )
-            scores = biased_products(
-                times(q_tile, factor, WIDTHS), k_tile, table, tile_p, tile_j, position, offs_s, image_len, inverse,
-                False, FORM, GRID, WIDTHS, BLOCK_T, BLOCK_S, WARPS, PRECISION,
-            )  # fmt: skip
-            p = tl.where(offs_s[None, :] < limit[:, None], tl.exp2(scores * scale2 - lse2_t[:, None]), 0.0)
-            dp = products(dout_tile, v_tile, None, WIDTHS, PRECISION)
-            sums += p * (dp - delta_t[:, None])
-    PATCHES: tl.constexpr = GRID[0] * GRID[1]
-    row = n.to(tl.int64) * (end - begin) + (position - begin)
+        limit = tl.where(mask_t, tl.minimum(tl.minimum(k_len, image_len), tl.maximum(prefix_len, position + 1)), 0)
+        rows_t = rows_until(start, q_len, True, BLOCK_T)
+        if FORM != "expanded":
+            rows_t = tl.maximum(rows_t, -start)
+        rows_s = rows_until(first, k_len, True, BLOCK_S)
+        q_tile = stream_rows(rows_of(q, q_start, b, n, PADDED), start, rows_t, WIDTHS)
+        dout_tile = stream_rows(rows_of(dout, q_start, b, n, PADDED), start, rows_t, WIDTHS)
+        k_tile = stream_rows(rows_of(k, k_start, b, n, PADDED), first, rows_s, WIDTHS)
+        v_tile = stream_rows(rows_of(v, k_start, b, n, PADDED), first, rows_s, WIDTHS)
+        lse2_t, delta_t = row_numbers(
+            numbers_of(lse2, q_start, n, total), numbers_of(delta, q_start, n, total), offs_t, mask_t
+        )
+        scores = biased_products(
+            q_tile, k_tile, table, tile_p, tile_j, position, offs_s, image_len, inverse,
+            False, FORM, GRID, WIDTHS, BLOCK_T, BLOCK_S, WARPS, PRECISION,
+        )  # fmt: skip
+        seen = tl.arange(0, BLOCK_S)[None, :] < (limit - first)[:, None]
+        p = tl.where(seen, tl.exp2(scores * scale2 - lse2_t[:, None]), 0.0)
+        dp = products(dout_tile, v_tile, None, WIDTHS, PRECISION)
+        sums += p * (dp - delta_t[:, None])
+    row = (part.to(tl.int64) * heads + n) * (end - begin) + (position - begin)
     mask = (position < end)[:, None] & (offs_s < PATCHES)[None, :]
     tl.store(pairs + row[:, None] * PATCHES + offs_s[None, :], sums, mask=mask)
 
 
-@triton.jit(do_not_specialize=["begin", "end"])
+@triton.jit(do_not_specialize=["begin", "end", "parts", "heads"])
 def table_sum_kernel(
     pairs,
     dtable,
     begin,
     end,
+    parts,
+    heads,
     GRID: tl.constexpr,
+    BLOCK_Z: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -245,16 +286,19 @@ def table_sum_kernel(
     n = tl.program_id(0) // SPANS
     down = tl.program_id(0) % SPANS - (GH - 1)  # from the query's image row to the key's
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    right = columns - (GW - 1)
-    pairs += n.to(tl.int64) * (end - begin) * GW * (GH * GW)
-    total = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
+    right = (columns - (GW - 1))[None, None, :]
+    total = tl.zeros([BLOCK_Z, BLOCK_C, BLOCK_D], tl.float32)
     for row in range(tl.maximum(begin, -down), tl.minimum(end, GH - down)):
         for start in range(0, GW, BLOCK_C):
-            c = start + tl.arange(0, BLOCK_C)
-            key_c = c[:, None] + right[None, :]
-            p = (row - begin) * GW + c
-            offs = p.to(tl.int64)[:, None] * (GH * GW) + (row + down) * GW + key_c
-            total += tl.load(pairs + offs, mask=(c < GW)[:, None] & (key_c >= 0) & (key_c < GW), other=0.0)
+            c = start + tl.arange(0, BLOCK_C)[None, :, None]
+            key_c = c + right
+            patch = (row - begin) * GW + c
+            inside = (c < GW) & (key_c >= 0) & (key_c < GW)
+            for some in range(0, parts, BLOCK_Z):
+                part = some + tl.arange(0, BLOCK_Z)[:, None, None]
+                of_part = (part.to(tl.int64) * heads + n) * ((end - begin) * GW)
+                offs = (of_part + patch) * (GH * GW) + (row + down) * GW + key_c
+                total += tl.load(pairs + offs, mask=inside & (part < parts), other=0.0)
     target = dtable + n.to(tl.int64) * (SPANS * SPAN) + (tl.program_id(0) % SPANS) * SPAN + columns
     mask = columns < SPAN
-    tl.store(target, tl.load(target, mask=mask, other=0.0) + tl.sum(total, 0), mask=mask)
+    tl.store(target, tl.load(target, mask=mask, other=0.0) + tl.sum(tl.sum(total, 0), 0), mask=mask)

@@ -1,7 +1,7 @@
 """Device functions that every pass of the Triton kernels shares: a sequence's bounds, its rows, their products.
 
-Scores are kept as <a·q, k> + bias / rest, where scale = a · rest (`_scale_parts` in triton_gpu.py): the scale enters
-with the exponential, as part of a multiply-add, and a 16-bit q is multiplied by nothing but ±1 or a power of two.
+Scores are kept as <q, k> + bias / scale: the scale enters with the exponential, as part of a multiply-add, and is
+positive and within bounds: the launcher sees to it, with a q multiplied by -1 or a power of two where it must.
 
 A tensor reaches a kernel as (pointer, batch stride, row stride, head stride), and one head of one sequence of it is
 (pointer to the first row, row stride).
@@ -91,34 +91,64 @@ def owned_rows(starts, start, b, batch, rows, PADDED: tl.constexpr):
 
 
 @triton.jit
-def _pointers(x, start, columns, BLOCK: tl.constexpr):
+def _columns(x, start, rows, columns):
+    """Pointers to `columns` of the rows `rows` from row `start` on."""
     # 64 bits for the tile's place, 32 inside it, which saves registers; the launcher sees that row strides allow it.
-    inside = tl.arange(0, BLOCK)[:, None] * x[1] + columns[None, :]
-    return x[0] + tl.cast(start, tl.int64) * x[1] + inside
+    return x[0] + tl.cast(start, tl.int64) * x[1] + (rows[:, None] * x[1] + columns[None, :])
 
 
 @triton.jit
-def _load(x, start, columns, mask, WITHIN: tl.constexpr, MASKED: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr):
-    pointers = _pointers(x, start, columns, BLOCK)
-    if WITHIN and MASKED:
+def _load(x, start, columns, mask, WITHIN: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr):
+    pointers = _columns(x, start, tl.arange(0, BLOCK), columns)
+    if WITHIN:
         return tl.load(pointers, mask=mask[:, None], other=0.0)
-    elif WITHIN:
-        return tl.load(pointers)
-    elif MASKED:
+    else:
         return tl.load(pointers, mask=mask[:, None] & (columns < H)[None, :], other=0.0)
+
+
+@triton.jit
+def load_rows(x, start, mask, BLOCK: tl.constexpr, WIDTHS: tl.constexpr):
+    """BLOCK rows from `start` on, a pair; zero past column H and in rows where `mask` is false."""
+    H: tl.constexpr = WIDTHS[0]
+    W: tl.constexpr = WIDTHS[1]
+    W2: tl.constexpr = WIDTHS[2]
+    low = _load(x, start, tl.arange(0, W), mask, W <= H, H, BLOCK)
+    if W2 > 0:
+        return low, _load(x, start, W + tl.arange(0, W2), mask, W + W2 <= H, H, BLOCK)
+    else:
+        return low, 0.0
+
+
+@triton.jit
+def rows_until(start, length, ENDS: tl.constexpr, BLOCK: tl.constexpr):
+    """Row numbers of a tile, counted from `start`; if ENDS, the last row stands for those from row `length` on.
+
+    The caller gives such rows no weight. To bound a row's number costs half the instructions of a mask.
+    """
+    rows = tl.arange(0, BLOCK)
+    if ENDS:
+        rows = tl.minimum(rows, length - 1 - start)
+    return rows
+
+
+@triton.jit
+def _stream(x, start, rows, columns, WITHIN: tl.constexpr, H: tl.constexpr):
+    pointers = _columns(x, start, rows, columns)
+    if WITHIN:
+        return tl.load(pointers)
     else:
         return tl.load(pointers, mask=(columns < H)[None, :], other=0.0)
 
 
 @triton.jit
-def load_rows(x, start, mask, MASKED: tl.constexpr, BLOCK: tl.constexpr, WIDTHS: tl.constexpr):
-    """BLOCK rows from `start` on, a pair; zero past column H and, if MASKED, in rows where `mask` is false."""
+def stream_rows(x, start, rows, WIDTHS: tl.constexpr):
+    """The rows `rows` from row `start` on, a pair, in a loop over tiles; zero past column H."""
     H: tl.constexpr = WIDTHS[0]
     W: tl.constexpr = WIDTHS[1]
     W2: tl.constexpr = WIDTHS[2]
-    low = _load(x, start, tl.arange(0, W), mask, W <= H, MASKED, H, BLOCK)
+    low = _stream(x, start, rows, tl.arange(0, W), W <= H, H)
     if W2 > 0:
-        return low, _load(x, start, W + tl.arange(0, W2), mask, W + W2 <= H, MASKED, H, BLOCK)
+        return low, _stream(x, start, rows, W + tl.arange(0, W2), W + W2 <= H, H)
     else:
         return low, 0.0
 
@@ -131,11 +161,11 @@ def store_rows(x, start, tiles, mask, BLOCK: tl.constexpr, WIDTHS: tl.constexpr)
     W2: tl.constexpr = WIDTHS[2]
     columns = tl.arange(0, W)
     low = tiles[0].to(x[0].dtype.element_ty)
-    tl.store(_pointers(x, start, columns, BLOCK), low, mask=mask[:, None] & (columns < H)[None, :])
+    tl.store(_columns(x, start, tl.arange(0, BLOCK), columns), low, mask=mask[:, None] & (columns < H)[None, :])
     if W2 > 0:
         columns = W + tl.arange(0, W2)
         high = tiles[1].to(x[0].dtype.element_ty)
-        tl.store(_pointers(x, start, columns, BLOCK), high, mask=mask[:, None] & (columns < H)[None, :])
+        tl.store(_columns(x, start, tl.arange(0, BLOCK), columns), high, mask=mask[:, None] & (columns < H)[None, :])
 
 
 @triton.jit
@@ -160,12 +190,12 @@ def scaled(tiles, factor, WIDTHS: tl.constexpr):
 
 
 @triton.jit
-def times(tiles, factor, WIDTHS: tl.constexpr):
-    """The pair times ±1 or a power of two, in its own dtype."""
+def plus(a, b, WIDTHS: tl.constexpr):
+    """The sum of two pairs."""
     if WIDTHS[2] > 0:
-        return (tiles[0] * factor).to(tiles[0].dtype), (tiles[1] * factor).to(tiles[1].dtype)
+        return a[0] + b[0], a[1] + b[1]
     else:
-        return (tiles[0] * factor).to(tiles[0].dtype), 0.0
+        return a[0] + b[0], 0.0
 
 
 @triton.jit
