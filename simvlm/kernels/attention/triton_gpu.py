@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from simvlm.kernels import triton_device
+from simvlm.kernels.attention import triton_gpu_launch
 from simvlm.kernels.attention.layout import PrefixLayout
 
 _SCRATCH_BYTES = 64 * 2**20
@@ -59,7 +60,8 @@ def forward(
     heads, head_dim = q.shape[-2:]
     q, scale = _scaled(q, scale)
     inverse = 1 / scale
-    constants, blocks = _constants(q, layout, rel_bias), _blocks(head_dim, q.dtype)
+    constants = _constants(q, layout, rel_bias)
+    blocks = triton_gpu_launch.options("forward", head_dim, q.dtype, q.device)
     tiles, rows = _tiles(layout.max_q_len, q, layout, blocks["BLOCK_T"])
     chunks, _ = _tiles(layout.max_k_len, k, layout, kernels.CHUNK.value)
     programs = heads * layout.batch
@@ -136,88 +138,87 @@ def _launch_backward(
     dtable: Tensor | None,
 ) -> None:
     """Fills those of dq, dk, dv (the two together) and dtable that are there."""
-    from simvlm.kernels.attention.triton_gpu_table import table_pairs_kernel, table_sum_kernel
-
     heads, head_dim = q.shape[-2:]
-    constants, blocks = _constants(q, layout, rel_bias), _blocks(head_dim, q.dtype)
+    constants = _constants(q, layout, rel_bias)
+    options = {
+        kernel: triton_gpu_launch.options(kernel, head_dim, q.dtype, q.device) for kernel in triton_gpu_launch.KERNELS
+    }
     total = lse.numel() // heads
     dq_scale = scale
     q, scale = _scaled(q, scale)
     inverse = 1 / scale
     lse2, delta = (torch.empty(heads, total, dtype=torch.float32, device=q.device) for _ in range(2))
     inputs = *(_rows(_aligned(x), layout) for x in (q, k, v, dout)), lse2, delta
+    blocks = options["dq"]
     tiles, rows = _tiles(layout.max_q_len, q, layout, blocks["BLOCK_T"])
     programs = heads * layout.batch
     kernels.delta_kernel[(tiles * programs,)](
-        inputs[3],
-        _rows(out, layout),
-        lse.contiguous(),
-        dlse.contiguous(),
-        lse2,
-        delta,
-        layout.bounds,
-        layout.batch,
-        heads,
-        tiles,
-        total,
-        PADDED=layout.is_padded,
-        WIDTHS=constants["WIDTHS"],
-        BLOCK_T=blocks["BLOCK_T"],
-    )
+        inputs[3], _rows(out, layout), lse.contiguous(), dlse.contiguous(), lse2, delta, layout.bounds, layout.batch,
+        heads, tiles, total, PADDED=layout.is_padded, WIDTHS=constants["WIDTHS"], BLOCK_T=blocks["BLOCK_T"],
+    )  # fmt: skip
     table, form = _table(rel_bias, q, layout, inverse, blocks)
     if dq is not None:
         kernels.dq_kernel[(tiles * programs,)](
-            *inputs, _rows(dq, layout), table, layout.bounds, layout.batch, heads, tiles, rows, total, scale,
-            inverse, dq_scale, FORM=form, **constants, **blocks,
+            *inputs, _rows(dq, layout), table, layout.bounds, layout.batch, heads, tiles, rows, total, scale, inverse,
+            dq_scale, FORM=form, **constants, **blocks,
         )  # fmt: skip
-    if dk is not None and dv is not None:
-        pair = _blocks(head_dim, q.dtype, sums=2)
-        tiles, rows = _tiles(layout.max_k_len, k, layout, pair["BLOCK_S"])
-        grads = _rows(dk, layout), _rows(dv, layout)
-        transposed, transposed_form = _table(rel_bias, q, layout, inverse, pair, transposed=True)
-        kernels.dk_dv_kernel[(tiles * programs,)](
-            *inputs, *grads, transposed, layout.bounds, layout.batch, heads, tiles, rows, total, scale,
-            inverse, FORM=transposed_form, **constants, **pair,
-        )  # fmt: skip
-        del transposed
     if dtable is not None and layout.image_grid is not None:
-        height, width = layout.image_grid
-        at_once = _rows_at_once(heads, layout.image_grid)
-        if q.dtype == torch.float32:  # this kernel holds four tiles of rows at once
-            blocks |= {"BLOCK_T": 16, "num_warps": 4, "WARPS": 4}
-        if q.dtype == torch.float32 or at_once < height:  # other tiles than those of the expanded table
-            table, form = _float_table(rel_bias), "gathered"
-        parts, sequences = _parts(layout.batch, heads, layout.image_grid)
-        pairs = torch.empty(parts * heads * at_once * width * height * width, dtype=torch.float32, device=q.device)
-        tiles_j = -(-height * width // blocks["BLOCK_S"])
-        c, d = (min(_power_of_two(n), most) for n, most in ((width, 32), (2 * width - 1, 64)))
-        for begin in range(0, height, at_once):
-            end = min(begin + at_once, height)
-            tiles_p = -(-(end - begin) * width // blocks["BLOCK_T"])
-            table_pairs_kernel[(tiles_p * tiles_j * heads, parts)](
-                *inputs, pairs, table, layout.bounds, layout.batch, heads, tiles_p, tiles_j,
-                begin * width, end * width, total, sequences, scale, inverse, FORM=form, **constants, **blocks,
-            )  # fmt: skip
-            table_sum_kernel[(heads * (2 * height - 1), -(-(2 * width - 1) // d))](
-                pairs, dtable, begin, end, parts, heads,
-                GRID=layout.image_grid, BLOCK_Z=4096 // (c * d), BLOCK_C=c, BLOCK_D=d,
-            )  # fmt: skip
+        if _sides(options["pairs"]) != _sides(blocks) or _rows_at_once(heads, layout.image_grid) < layout.image_grid[0]:
+            table, form = _float_table(rel_bias), "gathered"  # other tiles than those of the expanded table
+        _launch_table_gradient(
+            inputs, dtable, table, form, layout, heads, total, scale, inverse, constants, options["pairs"]
+        )
+    del table
+    if dk is not None and dv is not None:
+        blocks = options["dk_dv"]
+        tiles, rows = _tiles(layout.max_k_len, k, layout, blocks["BLOCK_S"])
+        table, form = _table(rel_bias, q, layout, inverse, blocks, transposed=True)
+        kernels.dk_dv_kernel[(tiles * programs,)](
+            *inputs, _rows(dk, layout), _rows(dv, layout), table, layout.bounds, layout.batch, heads, tiles, rows,
+            total, scale, inverse, FORM=form, **constants, **blocks,
+        )  # fmt: skip
 
 
-def _blocks(head_dim: int, dtype: torch.dtype, sums: int = 1) -> dict[str, int]:
-    """Tile sides and Triton's options of an attention kernel that keeps `sums` tiles of rows (2: dk and dv).
+def _launch_table_gradient(
+    inputs: tuple[Any, ...],
+    dtable: Tensor,
+    table: Tensor | None,
+    form: str,
+    layout: PrefixLayout,
+    heads: int,
+    total: int,
+    scale: float,
+    inverse: float,
+    constants: dict[str, Any],
+    blocks: dict[str, int],
+) -> None:
+    """Adds to dtable, which is zero: ds of pairs of patches summed over the batch, then over equal offsets."""
+    from simvlm.kernels.attention.triton_gpu_table import table_pairs_kernel, table_sum_kernel
 
-    A sequence's numbers depend on the sides, so these follow from head_dim and dtype, never from lengths or the batch.
-    float32 products are three products each; larger tiles of them spill. Eight warps would share a 16-bit tile, but
-    issue as many instructions each as four: they are for where registers run out even with fewer queries at a time.
-    """
-    if dtype == torch.float32:
-        blocks = {"BLOCK_T": 32, "BLOCK_S": 32, "num_warps": 8, "num_stages": 1 if head_dim > 64 else 2}
-    else:
-        blocks = {"BLOCK_T": 64, "BLOCK_S": 64, "num_warps": 4, "num_stages": 2}
-        if sums == 2 and head_dim > 80:
-            blocks |= {"BLOCK_T": 32, "num_warps": 8 if head_dim > 96 else 4}
-    return blocks | {"WARPS": blocks["num_warps"]}
+    assert layout.image_grid is not None
+    height, width = layout.image_grid
+    patches = height * width
+    at_once = _rows_at_once(heads, layout.image_grid)
+    parts, sequences = _parts(layout.batch, heads, layout.image_grid)
+    pairs = torch.empty(parts * heads * at_once * width * patches, dtype=torch.float32, device=dtable.device)
+    tiles_j = -(-patches // blocks["BLOCK_S"])
+    c, d = (min(_power_of_two(n), most) for n, most in ((width, 32), (2 * width - 1, 64)))
+    for begin in range(0, height, at_once):
+        end = min(begin + at_once, height)
+        tiles_p = -(-(end - begin) * width // blocks["BLOCK_T"])
+        table_pairs_kernel[(tiles_p * tiles_j * heads, parts)](
+            *inputs, pairs, table, layout.bounds, layout.batch, heads, tiles_p, tiles_j, begin * width, end * width,
+            total, sequences, scale, inverse, FORM=form, **constants, **blocks,
+        )  # fmt: skip
+        table_sum_kernel[(heads * (2 * height - 1), -(-(2 * width - 1) // d))](
+            pairs, dtable, begin, end, parts, heads,
+            GRID=layout.image_grid, BLOCK_Z=4096 // (c * d), BLOCK_C=c, BLOCK_D=d,
+        )  # fmt: skip
+
+
+def _sides(blocks: dict[str, int]) -> tuple[int, int, int]:
+    """What an expanded table's tiles follow."""
+    return blocks["BLOCK_T"], blocks["BLOCK_S"], blocks["WARPS"]
 
 
 def _constants(q: Tensor, layout: PrefixLayout, rel_bias: Tensor | None) -> dict[str, Any]:

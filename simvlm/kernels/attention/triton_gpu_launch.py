@@ -1,0 +1,62 @@
+"""How the attention kernels in Triton are launched: tile sides, warps, stages of overlapped loads.
+
+`python -m benchmarks.tune` finds them on a GPU and writes them to `triton_gpu_launch.json`, a row for each compute
+capability, dtype, head_dim and kernel; where that has no row, the rule here holds, which comes from counting
+instructions, registers and spills in the compiled code. Nothing is measured when a kernel is called.
+
+A sequence's numbers depend on the tile sides, and must not depend on its batch: so no row asks for lengths.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.resources
+import json
+from typing import Any
+
+import torch
+
+KERNELS = ("forward", "dq", "dk_dv", "pairs")
+OPTIONS = ("BLOCK_T", "BLOCK_S", "num_warps", "num_stages")
+FILE = "triton_gpu_launch.json"
+
+Key = tuple[int, str, int, str]
+"""(compute capability as 90, dtype as "bfloat16", head_dim, kernel)"""
+
+
+@functools.cache
+def measured() -> dict[Key, dict[str, int]]:
+    """The rows of the file."""
+    rows = json.loads(importlib.resources.files(__package__).joinpath(FILE).read_text())
+    return {
+        (row["capability"], row["dtype"], row["head_dim"], row["kernel"]): {name: row[name] for name in OPTIONS}
+        for row in rows
+    }
+
+
+def options(kernel: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """What a launch of one of `KERNELS` takes: `OPTIONS`, and WARPS, the warps as the kernel knows them."""
+    capability = _capability(device.index or 0) if device.type == "cuda" else 0
+    found = measured().get((capability, str(dtype).removeprefix("torch."), head_dim, kernel))
+    found = found or rule(kernel, head_dim, dtype)
+    return found | {"WARPS": found["num_warps"]}
+
+
+def rule(kernel: str, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
+    """`OPTIONS` of a kernel that nobody has measured."""
+    if dtype == torch.float32:  # each product is three; larger tiles of them spill
+        sides = {"BLOCK_T": 16 if kernel == "pairs" else 32, "BLOCK_S": 32}
+        return sides | {"num_warps": 4 if kernel == "pairs" else 8, "num_stages": 1 if head_dim > 64 else 2}
+    found = {"BLOCK_T": 64, "BLOCK_S": 64, "num_warps": 4, "num_stages": 2}
+    if kernel == "dk_dv" and head_dim > 80:
+        # Eight warps issue as many instructions each as four: they are for where registers run out even so.
+        found |= {"BLOCK_T": 32, "num_warps": 8 if head_dim > 96 else 4}
+    if kernel == "pairs" and head_dim > 80:
+        found |= {"num_stages": 1}  # two would take more shared memory than a block has outside data centres
+    return found
+
+
+@functools.cache
+def _capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
