@@ -70,15 +70,20 @@ class Call:
         return f"{self.op} {self.dtype} {self.shape}{table}"
 
 
-def attention(lens: list[int], *, dtype: str, head_dim: int, table: bool, padded: bool) -> None:
-    """`prefix_attention`, forward and every gradient."""
+def attention(lens: list[int], *, dtype: str, head_dim: int, table: bool, padded: bool, offsets: bool = False) -> None:
+    """`prefix_attention`, forward and every gradient; with `offsets` the kernels gather the table."""
     heads = 2
-    prefix, has_image = [n // 2 for n in lens], [n >= 196 for n in lens]
+    shared: dict[str, Any] = {
+        "prefix_lens": [n // 2 for n in lens],
+        "image_grid": (14, 14),
+        "has_image": [n >= 196 for n in lens],
+        "q_offsets": 0 if offsets else None,
+    }
     shape: tuple[int, ...] = (sum(lens),)
-    layout = PrefixLayout.packed(lens, prefix_lens=prefix, image_grid=(14, 14), has_image=has_image)
+    layout = PrefixLayout.packed(lens, **shared)
     if padded:
         shape = (len(lens), max(lens))
-        layout = PrefixLayout.padded(*shape, q_lens=lens, prefix_lens=prefix, image_grid=(14, 14), has_image=has_image)
+        layout = PrefixLayout.padded(*shape, q_lens=lens, **shared)
     layout = layout.to("cpu")
     q, k, v, dout = (torch.empty(*shape, heads, head_dim, dtype=getattr(torch, dtype)) for _ in range(4))
     rel_bias = torch.empty(heads, 27, 27) if table else None
@@ -86,6 +91,14 @@ def attention(lens: list[int], *, dtype: str, head_dim: int, table: bool, padded
     triton_gpu.backward(
         dout, torch.empty_like(lse), q, k, v, out, lse, layout, rel_bias, 0.1, (True, True, True, table)
     )
+
+
+def decode(lens: list[int], *, dtype: str, head_dim: int) -> None:
+    """`prefix_attention` of one query over four times so many keys, in chunks: forward alone, without a table."""
+    keys = [4 * n for n in lens]
+    layout = PrefixLayout.packed([1] * len(lens), keys, prefix_lens=0, q_offsets=[n - 1 for n in keys]).to("cpu")
+    q, k, v = (torch.empty(rows, 2, head_dim, dtype=getattr(torch, dtype)) for rows in (len(lens), *[sum(keys)] * 2))
+    triton_gpu.forward(q, k, v, layout, None, 0.1)
 
 
 def batch_norm(lens: list[int], *, dtype: str, channels: int, plain: bool) -> None:
@@ -121,16 +134,16 @@ def embed(lens: list[int], *, dtype: str, channels: int, width: int | None) -> N
 
 def _attention_calls(dtype: str, head_dims: list[int], padded: bool) -> Iterator[list[Call]]:
     for head_dim in head_dims:
+        make = functools.partial(Call, op="prefix_attention", dtype=dtype)
+        launch = functools.partial(attention, dtype=dtype, head_dim=head_dim, padded=padded)
         yield [
-            Call(
-                op="prefix_attention",
-                dtype=dtype,
-                shape=f"H={head_dim}",
-                table=table,
-                launch=functools.partial(attention, dtype=dtype, head_dim=head_dim, table=table, padded=padded),
-            )
+            make(shape=f"H={head_dim}", table=table, launch=functools.partial(launch, table=table))
             for table in (False, True)
         ]
+        offsets = functools.partial(launch, table=True, offsets=True)
+        yield [make(shape=f"H={head_dim} offsets", table=True, launch=offsets)]
+        few = functools.partial(decode, dtype=dtype, head_dim=head_dim)
+        yield [make(shape=f"H={head_dim} decode", table=False, launch=few)]
 
 
 def _batch_norm_calls(dtype: str, head_dims: list[int], padded: bool) -> Iterator[list[Call]]:

@@ -267,15 +267,15 @@ def split_kernel(
     q_start, q_len, k_start, k_len, prefix_len, q_offset, image_len = bounds_of(bounds, b, batch)
     ranges = key_ranges(0, q_len, k_len, prefix_len, q_offset, image_len, BLOCK_T, BLOCK_S)
     low = chunk * CHUNK
+    k = rows_of(k, k_start, b, n, PADDED)
+    v = rows_of(v, k_start, b, n, PADDED)
+    if FORM != "none":
+        table = head_table(table, n, FORM, GRID, BLOCK_T, BLOCK_S)
     if is_split(q_len, ranges[2]) & (low < ranges[2]):
-        k = rows_of(k, k_start, b, n, PADDED)
-        v = rows_of(v, k_start, b, n, PADDED)
         offs_t = tl.arange(0, BLOCK_T)
         q_tile = load_rows(rows_of(q, q_start, b, n, PADDED), 0, offs_t < q_len, BLOCK_T, WIDTHS)
         position = q_offset + offs_t
         limit = tl.minimum(k_len, tl.maximum(prefix_len, position + 1))
-        if FORM != "none":
-            table = head_table(table, n, FORM, GRID, BLOCK_T, BLOCK_S)
         mixed, top, total = _attend_between(
             _nothing_seen(BLOCK_T, WIDTHS), low, low + CHUNK, ranges, q_tile, k, v, table, 0, position, limit, k_len,
             image_len, inverse, scale * LOG2E, FORM, GRID, WIDTHS, BLOCK_T, BLOCK_S, WARPS, PRECISION,
