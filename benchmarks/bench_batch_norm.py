@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import stem_cases
 from benchmarks.contest import Stopwatch
 from benchmarks.record import Settings
 from benchmarks.stem_contest import Compute, Op, Peer, Problem
@@ -80,6 +81,8 @@ PEERS: tuple[Peer, ...] = (
 OP = Op(
     name="batch_norm_act",
     spec=batch_norm_spec,
+    cases=stem_cases.BATCH_NORM,
+    gpu_cases=stem_cases.BATCH_NORM_GPU,
     asked=("x",),
     peers=PEERS,
     quick_cases=("base_stage_1_b8", "base_stage_3_inner_b8", "demo_stage_2_b32"),

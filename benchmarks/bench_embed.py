@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import stem_cases
 from benchmarks.contest import Stopwatch
 from benchmarks.record import Settings
 from benchmarks.stem_contest import Compute, Op, Peer, Problem
@@ -128,6 +129,8 @@ PEERS: tuple[Peer, ...] = (
 OP = Op(
     name="embed_sequence",
     spec=embed_spec,
+    cases=stem_cases.EMBED,
+    gpu_cases=stem_cases.EMBED_GPU,
     asked=("text", "weight"),
     peers=PEERS,
     quick_cases=("base_b8", "demo_b36"),
