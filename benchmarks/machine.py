@@ -35,6 +35,11 @@ def slug(device: str) -> str:
     return f"cpu-{_dashed(cpu_model())}-{os.cpu_count()}core"
 
 
+def device_of(slug: str) -> str:
+    """ "cuda" or "cpu"."""
+    return "cuda" if slug.startswith("gpu") else "cpu"
+
+
 def _dashed(name: str) -> str:
     name = re.sub(r"\((r|tm)\)|@.*|\b\d+-core\b|\b(processor|cpu)\b", " ", name.lower())
     return re.sub(r"[^a-z0-9]+", "-", name).strip("-")

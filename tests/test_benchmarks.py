@@ -224,7 +224,7 @@ def test_goals_are_measured_met_missed_or_missing() -> None:
         }
 
     pretrain = contest("pretrain", {"ours": ("ours", 1, 150), "SDPA, bias ready": ("peer", 2.0, 75)})
-    held = goals([pretrain, contest("decode", {"ours": ("ours", 1, 1)})], "prefix_attention")
+    held = goals([pretrain, contest("decode", {"ours": ("ours", 1, 1)})], "prefix_attention", "cpu")
     found = {goal.what: goal for goal in held if goal.dtype == "float32"}
     missed = found["pretrain: forward against SDPA, bias ready"]
     assert (missed.measured, missed.met) == (2.0, False)
@@ -233,7 +233,7 @@ def test_goals_are_measured_met_missed_or_missing() -> None:
     decode = found["decode: bytes read and written as a share of a copy's"]
     assert (decode.measured, decode.met) == (85.0, True)
     assert found["px480: forward against SDPA, bias ready"].met is None
-    assert goals([pretrain], "another_op") == []
+    assert goals([pretrain], "another_op", "cpu") == goals([pretrain], "another_op", "cuda") == []
 
 
 STEM = [
