@@ -43,7 +43,7 @@ from simvlm.train.settings import OptimizerSettings
 
 OP = "base_step"
 CASES = {"base": ("base", 128, 16), "demo": ("demo", 6, 2)}
-"""name → variant, image-text pairs, documents: eight pairs a document, as in the paper (§4.1.2)."""
+"""name → variant, image-text pairs, documents: eight pairs a document, as the paper's 4,096 and 512."""
 
 
 def bench_base_step(
@@ -79,7 +79,7 @@ def selection(cases: list[str], dtypes: list[str], quick: bool) -> list[tuple[st
     return [(name, dtype, "step") for name in cases or ("base",) for dtype in dtypes]
 
 
-def compile_ahead(case: str, dtype: str, device: str) -> None:
+def compile_ahead(case: str, dtype: str, direction: str, device: str) -> None:
     """Compiles what the case's rival will, one layer deep: all layers of a stack run the same programs."""
     name, pairs, documents = CASES[case]
     shallow = dataclasses.replace(variant(name), encoder_depth=1, decoder_depth=1, conv_depths=(1, 1, 1))

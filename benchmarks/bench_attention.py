@@ -67,6 +67,14 @@ def bench_prefix_attention(
         pytest.fail(f"{OP}: misses its error budget and gets no time: {'; '.join(red)}", pytrace=False)
 
 
+def compile_ahead(case: str, dtype: str, direction: str, device: str) -> None:
+    """Compiles what the contest's peers will, into torch's cache on disk."""
+    problem = Problem(named(case), dtype, device)
+    for peer in PEERS:
+        if peer.compiled and peer.takes_part(problem, direction):
+            contestant(problem, direction, peer, "peer" if peer.exact(problem) else "bound").call()
+
+
 def ours(problem: Problem, direction: str) -> tuple[list[Contestant], list[Refusal], list[str]]:
     """Our contestants in order of preference, the rows without a time, and what is red."""
     contestants: list[Contestant] = []

@@ -30,6 +30,10 @@ def selection(cases: list[str], dtypes: list[str], quick: bool) -> list[tuple[st
     return OP.selection(cases, dtypes, quick)
 
 
+def compile_ahead(case: str, dtype: str, direction: str, device: str) -> None:
+    OP.compile_ahead(case, dtype, direction, device)
+
+
 def described(case: batch_norm_spec.Case) -> str:
     batch, height, width, channels = case.shape
     parts = [f"{batch} images of {height}×{width} pixels, {channels} channels"]

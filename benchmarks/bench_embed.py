@@ -29,6 +29,10 @@ def selection(cases: list[str], dtypes: list[str], quick: bool) -> list[tuple[st
     return OP.selection(cases, dtypes, quick)
 
 
+def compile_ahead(case: str, dtype: str, direction: str, device: str) -> None:
+    OP.compile_ahead(case, dtype, direction, device)
+
+
 def described(case: embed_spec.Case) -> str:
     form = "packed" if case.padded is None else f"padded to {case.padded}"
     shortest, longest = min(case.text_lens), max(case.text_lens)

@@ -41,16 +41,26 @@ STEP_NOTES = [
 
 def write(report: Report, folder: Path, op: str, console: Console | None = None) -> None:
     """Writes <folder>/<op>.json, .md and .png, and prints the tables."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{op}.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    (folder / f"{op}.md").write_text(markdown(report, op))
-    plot.draw(report, op, folder / f"{op}.png")
+    write_pages(report, folder, op)
+    draw(report, folder, op)
     console = console or Console(width=None if sys.stdout.isatty() else 110)
     for table in console_tables(report, op):
         console.print(table)
     for refusal in refusals(report):
         console.print(f"no time: {refusal}", markup=False, highlight=False)
     console.print(f"written: {folder / op}.json, .md, .png", markup=False, highlight=False, soft_wrap=True)
+
+
+def write_pages(report: Report, folder: Path, op: str) -> None:
+    """Writes <folder>/<op>.json and .md."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{op}.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    (folder / f"{op}.md").write_text(markdown(report, op))
+
+
+def draw(report: Report, folder: Path, op: str) -> None:
+    """Writes <folder>/<op>.png, which takes seconds."""
+    plot.draw(report, op, folder / f"{op}.png")
 
 
 def contests(report: Report) -> list[dict[str, Any]]:
@@ -264,7 +274,9 @@ def markdown(report: Report, op: str) -> str:
         "",
         "## Ratios at a glance",
         "",
-        *_table(summary_headings(report), [summary_cells(contest, report) for contest in contests(report)], left=3),
+        *markdown_table(
+            summary_headings(report), [summary_cells(contest, report) for contest in contests(report)], left=3
+        ),
         "",
         *_goal_lines(report, op),
         "## Contestants",
@@ -279,7 +291,7 @@ def markdown(report: Report, op: str) -> str:
             rounds = max((row["rounds"] for row in contest["rows"] if not row["reason"]), default=0)
             lines += ["", f"### {title(contest)} ({rounds} rounds)", ""]
             headings = ["contestant", *(heading for heading, _ in columns(report)), "note"]
-            lines += _table(headings, [cells(row, columns(report)) for row in contest["rows"]], left=1)
+            lines += markdown_table(headings, [cells(row, columns(report)) for row in contest["rows"]], left=1)
     implementations = machine["implementations"].get(op, {})
     lines += [
         "",
@@ -298,14 +310,14 @@ def _goal_lines(report: Report, op: str) -> list[str]:
     held = goals(contests(report), op, device(report))
     if not held:
         return []
-    return ["## Goals", "", *_table(list(GOAL_HEADINGS), [goal_cells(goal) for goal in held], left=2), ""]
+    return ["## Goals", "", *markdown_table(list(GOAL_HEADINGS), [goal_cells(goal) for goal in held], left=2), ""]
 
 
 def _formula(sentence: str) -> str:
     return sentence[:1].lower() + sentence[1:]
 
 
-def _table(headings: list[str], rows: list[list[str]], left: int) -> list[str]:
+def markdown_table(headings: list[str], rows: Iterable[list[str]], left: int) -> list[str]:
     """Markdown, the first `left` columns and the notes aligned left."""
     rule = ["---" if index < left or heading == "note" else "---:" for index, heading in enumerate(headings)]
     # A bar inside a cell (an error message) would end it.

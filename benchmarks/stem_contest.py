@@ -145,6 +145,13 @@ class Op:
         if red:
             pytest.fail(f"{self.name}: misses its error budget and gets no time: {'; '.join(red)}", pytrace=False)
 
+    def compile_ahead(self, case: str, dtype: str, direction: str, device: str) -> None:
+        """Compiles what the contest's peers will, into torch's cache on disk."""
+        problem = Problem(self.spec, self.named(case), dtype, device)
+        for peer in self.peers:
+            if peer.compiled:
+                contestant(problem, direction, peer, "peer").call()
+
     def ours(self, problem: Problem, direction: str) -> tuple[list[Contestant], list[Refusal], list[str]]:
         """Our contestants in order of preference, the rows without a time, and what is red."""
         contestants: list[Contestant] = []
