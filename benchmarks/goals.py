@@ -224,7 +224,7 @@ def _gpu_attention(run: _Run) -> Iterable[Goal]:
     for timed in attention_cases.GPU_BENCHMARKS[1:]:
         for direction in _WORDS if timed.gradients else ("forward",):
             yield against(timed.name, direction, FLEX, 1.0)
-    per_flop = "FLOP/s against cuDNN's without mask and bias (ours of visible pairs, cuDNN's of all, as each computes)"
+    per_flop = "FLOP/s against cuDNN's without mask and bias, of the pairs that each must compute"
     yield _goal(f"gpu_pretrain: forward, {per_flop}", _HALF, 0.9, lambda: cudnn("forward", None))
     yield _goal(
         f"gpu_pretrain: backward without table, {per_flop}",

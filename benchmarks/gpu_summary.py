@@ -10,7 +10,6 @@ from benchmarks.gpu_run import Run
 from benchmarks.plot import number
 from benchmarks.render import GOAL_HEADINGS, contests, goal_cells, markdown_table
 
-
 OPS = ("prefix_attention", "base_step", "batch_norm_act")
 """Those with goals on a GPU."""
 
@@ -80,9 +79,10 @@ def findings(report: dict[str, Any]) -> Iterable[str]:
         yield f"* cold start: {cold['case']}, {cold['dtype']}, first call {cold['first_call_s']:.1f} s"
     if "memory" in report:
         memory = report["memory"]
-        known = {length: "unknown" if mib is None else number(mib) for length, mib in memory["peak_extra_mib"].items()}
-        peaks = ", ".join(f"{length}: {mib}" for length, mib in known.items())
-        yield f"* memory, {memory['heads']} heads of {memory['head_dim']}: peak MiB of forward and backward by T: {peaks}"
+        peaks = ", ".join(
+            f"{length}: {'unknown' if mib is None else number(mib)}" for length, mib in memory["peak_extra_mib"].items()
+        )
+        yield f"* memory, {memory['heads']} heads of {memory['head_dim']}, peak MiB of both directions by T: {peaks}"
     if report.get("compile", {}).get("failed"):
         yield "* peers that did not compile ahead (their rows may say more):"
         yield from (f"    * {line}" for line in report["compile"]["failed"])
