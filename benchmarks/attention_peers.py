@@ -109,7 +109,10 @@ class Problem:
         """The table spread over pairs of patches, [B or 1, N, T, S]; a zero where there is none."""
         if table is None or self.bias_index is None:
             return torch.zeros((1, 1, 1, 1), device=self.device)
-        return F.pad(table.flatten(1), (0, 1))[:, self.bias_index].transpose(0, 1)
+        flat = F.pad(table.flatten(1), (0, 1))
+        if self.device == "cuda":  # an index's gradient is sorted there; a select's is summed at once
+            return flat.index_select(1, self.bias_index.flatten()).unflatten(1, self.bias_index.shape).transpose(0, 1)
+        return flat[:, self.bias_index].transpose(0, 1)
 
     def _inputs(self, seed: int) -> dict[str, Tensor]:
         """float32; without dlse, for no peer returns lse."""

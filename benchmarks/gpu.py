@@ -153,6 +153,8 @@ def time_contests(run: Run, op: str, pretraining: bool | None = None) -> None:
         measured, started = Measured(), time.monotonic()
         try:
             getattr(module, f"bench_{op}")(Stopwatch(), measured, settings, case, dtype, direction)
+        except ModuleNotFoundError as error:
+            raise NeedsError(error.name) from None
         except BaseException as error:  # pytest.fail is no Exception; the contest's rows are kept where it has them
             if isinstance(error, KeyboardInterrupt):
                 raise
@@ -199,6 +201,8 @@ def run_stage(run: Run, name: str) -> None:
         left_out = f"left out: needs {error}"
     except Exception as error:  # one stage's failure must not cost the others
         failed = one_line(error)
+    if run.device == "cuda":
+        torch.cuda.empty_cache()
     stage = {"stage": name, "seconds": time.monotonic() - started, "failed": failed, "left_out": left_out}
     run.report["stages"].append(stage)
     run.save()

@@ -83,9 +83,13 @@ def findings(report: dict[str, Any]) -> Iterable[str]:
             f"{length}: {'unknown' if mib is None else number(mib)}" for length, mib in memory["peak_extra_mib"].items()
         )
         yield f"* memory, {memory['heads']} heads of {memory['head_dim']}, peak MiB of both directions by T: {peaks}"
-    if report.get("compile", {}).get("failed"):
-        yield "* peers that did not compile ahead (their rows may say more):"
-        yield from (f"    * {line}" for line in report["compile"]["failed"])
+    if "compile" in report:
+        compiled = report["compile"]
+        yield (
+            f"* compile: what rivals of {compiled['contests']} contests build with torch.compile was built ahead, so their "
+            f"first calls find it on disk; {len(compiled['failed'])} failed"
+        )
+        yield from (f"    * {line}" for line in compiled["failed"])
     for op, found in report.get("contests", {}).items():
         for name in found["failed"]:
             yield f"* {op} failed: {name}"

@@ -84,7 +84,10 @@ def commit() -> dict[str, Any]:
     """The commit that was measured, and whether files under version control differ from it."""
 
     def git(*arguments: str) -> str | None:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        except OSError:
+            return None
         return done.stdout.strip() if done.returncode == 0 else None
 
     return {"id": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
@@ -127,8 +130,10 @@ def yardsticks(dtype: torch.dtype, device: str, repeats: int) -> dict[str, float
         "copy_gbytes_per_s": copy_gbytes_per_s(device, repeats),
     }
     if device == "cpu":
-        with threads(1):
-            found["matmul_one_thread_gflops"] = matmul_gflops(dtype, device, repeats)
+        found["matmul_one_thread_gflops"] = found["matmul_gflops"]
+        if torch.get_num_threads() > 1:
+            with threads(1):
+                found["matmul_one_thread_gflops"] = matmul_gflops(dtype, device, repeats)
         peak = fma_gflops(torch.get_num_threads())
         if peak is not None:
             found["fma_gflops"] = peak

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
-from benchmarks import attention_cases, base_step, gpu_checks, gpu_summary, record
+from benchmarks import attention_cases, base_step, gpu_checks, gpu_summary, record, render
 from benchmarks.attention_peers import PEERS, Problem
 from benchmarks.goals import goals, stage_goals, visible
 from benchmarks.gpu_run import Run
@@ -87,6 +90,36 @@ def test_other_goals_on_a_gpu() -> None:
     assert [goal.met for goal in stage_goals({})] == [None, None]
     report = {"cold_start": {"first_call_s": 7.0, "dtype": "bfloat16"}, "memory": {"growth": 1.1}}
     assert [goal.met for goal in stage_goals(report)] == [False, True]
+
+
+def test_pages_of_a_gpu_show_floor_copy_and_mfu(tmp_path: Path) -> None:
+    (stored,) = ROOT.glob("benchmarks/results/cpu-*/batch_norm_act.json")
+    report = json.loads(stored.read_text())
+    del report["benchmarks"][2:]
+    report["machine_info"]["slug"] = "gpu-nvidia-h200"
+    for info in render.contests(report):
+        info["least_ms"] = 0.123
+        for row in info["rows"]:
+            if not row["reason"]:
+                row["samples_per_s"] = 77.5
+    render.write_pages(report, tmp_path, "batch_norm_act")
+    page = (tmp_path / "batch_norm_act.md").read_text()
+    for said in (
+        "| floor ms | copy GB/s |",
+        "| 0.123 |",
+        "samples/s | MFU % |",
+        "77.5",
+        "8192³",
+        "## Goals",
+        "790 TFLOP/s",
+    ):
+        assert said in page, said
+    console = Console(width=200, record=True, file=io.StringIO())
+    for table in render.console_tables(report, "batch_norm_act"):
+        console.print(table)
+    printed = console.export_text()
+    for said in ("floor ms", "0.123", "samples/s", "gpu_stem_b128"):
+        assert said in printed, said
 
 
 def a_run(tmp_path: Path) -> Run:
