@@ -15,7 +15,8 @@ from torch import Tensor
 
 from benchmarks import machine
 from benchmarks.attention_cases import BENCHMARKS, GPU_BENCHMARKS, named
-from benchmarks.attention_peers import PEERS, Attend, Peer, Problem
+from benchmarks.attention_peers import PEERS, Attend, Peer
+from benchmarks.attention_problem import Problem
 from benchmarks.contest import Contestant, Stopwatch
 from benchmarks.record import Settings, Subject, first_line, record
 from simvlm.kernels import parity, prefix_attention

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import attention_cases, bench_attention, machine
-from benchmarks.attention_peers import Problem
+from benchmarks.attention_problem import Problem
 from benchmarks.goals import MEMORY_GROWTH
 from benchmarks.gpu_run import PROCESSES, NeedsError, Run
 from benchmarks.record import one_line

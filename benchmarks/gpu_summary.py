@@ -86,8 +86,8 @@ def findings(report: dict[str, Any]) -> Iterable[str]:
     if "compile" in report:
         compiled = report["compile"]
         yield (
-            f"* compile: what rivals of {compiled['contests']} contests build with torch.compile was built ahead, so their "
-            f"first calls find it on disk; {len(compiled['failed'])} failed"
+            f"* compile: what rivals of {compiled['contests']} contests build with torch.compile was built ahead, so "
+            f"that their first calls find it on disk; {len(compiled['failed'])} failed"
         )
         yield from (f"    * {line}" for line in compiled["failed"])
     for op, found in report.get("contests", {}).items():

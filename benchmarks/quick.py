@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.attention_cases import named
-from benchmarks.attention_peers import PEERS, Problem
+from benchmarks.attention_peers import PEERS
+from benchmarks.attention_problem import Problem
 from benchmarks.bench_attention import contestant, described, ours
 from benchmarks.contest import Contest, Contestant
 from simvlm import doctor

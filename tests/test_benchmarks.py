@@ -26,7 +26,8 @@ from benchmarks import (
     stem_contest,
 )
 from benchmarks.attention_cases import BENCHMARKS, named
-from benchmarks.attention_peers import PEERS, Peer, Problem
+from benchmarks.attention_peers import PEERS, Peer
+from benchmarks.attention_problem import Problem
 from benchmarks.contest import Contest, Contestant, Stopwatch, order, quantile, rounds_within
 from benchmarks.goals import goals
 from simvlm.kernels.attention.spec import Case

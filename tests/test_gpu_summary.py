@@ -14,7 +14,8 @@ import torch
 from rich.console import Console
 
 from benchmarks import attention_cases, base_step, gpu_checks, gpu_summary, record, render
-from benchmarks.attention_peers import PEERS, Problem
+from benchmarks.attention_peers import PEERS
+from benchmarks.attention_problem import Problem
 from benchmarks.goals import goals, stage_goals, visible
 from benchmarks.gpu_run import Run
 from simvlm.kernels.attention import spec
