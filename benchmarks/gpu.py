@@ -16,7 +16,6 @@ status 1 where a kernel misses its error budget, a repeat differs, or a stage fa
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import dataclasses
 import functools
 import importlib
@@ -55,6 +54,8 @@ CASES = {
     "embed_sequence": [case.name for case in stem_cases.EMBED_GPU],
     "demo_step": ["demo"],
 }
+COMPILE_S = 100
+"""The most seconds that compiling ahead may take."""
 DRY_CASES = {
     "prefix_attention": ["scaled", "beams"],
     "base_step": ["demo"],
@@ -106,9 +107,11 @@ def compile_ahead(run: Run) -> None:
             jobs += [(op, *contest, run.device) for contest in contests(run.dry, op)]
     if run.dry:
         jobs = [job for job in jobs if job[0] == "batch_norm_act"][:1]
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1 if run.dry else PROCESSES, mp_context=context) as pool:
-        found = list(pool.map(compiled, *zip(*jobs, strict=True)))
+    with multiprocessing.get_context("spawn").Pool(1 if run.dry else PROCESSES) as pool:  # whose end ends its processes
+        try:
+            found = pool.starmap_async(compiled, jobs, chunksize=1).get(COMPILE_S)
+        except multiprocessing.TimeoutError:
+            found = [f"not done after {COMPILE_S} s"]
     run.report["compile"] = {"contests": len(jobs), "failed": [line for line in found if line]}
 
 

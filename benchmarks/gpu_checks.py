@@ -26,8 +26,8 @@ from simvlm.kernels.stem import batch_norm_spec, embed_spec
 SPECS = {"prefix_attention": attention_spec, "batch_norm_act": batch_norm_spec, "embed_sequence": embed_spec}
 REPEATS = 30
 TESTS = Path("tests/test_gpu.py")
-TESTS_S = 150
-"""The most seconds they may take."""
+TESTS_S, COLD_S = 120, 60
+"""The most seconds that the tests and the fresh process may take."""
 LENGTHS: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384)
 """of the sequence whose peak memory is measured."""
 
@@ -148,6 +148,7 @@ def time_cold_start(run: Run) -> None:
             capture_output=True,
             text=True,
             check=False,
+            timeout=COLD_S,
         )
     if done.returncode:
         raise RuntimeError(done.stderr.strip().splitlines()[-1])
