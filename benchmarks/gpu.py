@@ -57,7 +57,7 @@ CASES = {
 COMPILE_S = 100
 """The most seconds that compiling ahead may take."""
 DRY_CASES = {
-    "prefix_attention": ["scaled", "beams"],
+    "prefix_attention": ["grid_row", "beams"],
     "base_step": ["demo"],
     "batch_norm_act": ["residual"],
     "embed_sequence": ["mixed"],

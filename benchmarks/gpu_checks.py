@@ -65,7 +65,7 @@ def misses(op: str, name: str, dtypes: tuple[str, ...]) -> list[str]:
 
 def check_repeats(run: Run) -> None:
     """Forward and backward of one case, again and again: the same bits."""
-    name, repeats = ("scaled", 2) if run.dry else ("gpu_pretrain", REPEATS)
+    name, repeats = ("grid_row", 2) if run.dry else ("gpu_pretrain", REPEATS)
     different = []
     for dtype in ("float32",) if run.dry else ("float32", "bfloat16", "float16"):
         call = both_ways(name, dtype, run.device)
@@ -138,7 +138,7 @@ print(ready - started, time.perf_counter() - ready)
 
 def time_cold_start(run: Run) -> None:
     """Seconds of the first call, forward and backward, in a fresh process whose Triton cache is empty."""
-    name, dtype = ("scaled", "float32") if run.dry else ("gpu_pretrain", "bfloat16")
+    name, dtype = ("grid_row", "float32") if run.dry else ("gpu_pretrain", "bfloat16")
     with tempfile.TemporaryDirectory() as cache:
         program = _COLD.format(name=name, dtype=dtype, device=run.device)
         done = subprocess.run(

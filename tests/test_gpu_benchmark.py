@@ -39,7 +39,7 @@ def test_a_dry_run_goes_through_every_stage(tmp_path):
         assert (tmp_path / f"{op}.md").stat().st_size > 500
         assert (tmp_path / f"{op}.png").stat().st_size > 5000
     page = (tmp_path / "README.md").read_text()
-    for said in ("dry run", "2 of scaled", "[base_step](base_step.md)", "| memory | done |", "not measured"):
+    for said in ("dry run", "2 of grid_row", "[base_step](base_step.md)", "| memory | done |", "not measured"):
         assert said in page
     assert str(ROOT) not in page
     assert done.stdout.splitlines()[-1] == f"written: {tmp_path / 'README.md'}"
