@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import stem_cases
 from benchmarks.contest import Stopwatch
 from benchmarks.record import Settings
 from benchmarks.stem_contest import Compute, Op, Peer, Problem
@@ -27,6 +28,10 @@ def bench_batch_norm_act(
 
 def selection(cases: list[str], dtypes: list[str], quick: bool) -> list[tuple[str, str, str]]:
     return OP.selection(cases, dtypes, quick)
+
+
+def compile_ahead(case: str, dtype: str, direction: str, device: str) -> None:
+    OP.compile_ahead(case, dtype, direction, device)
 
 
 def described(case: batch_norm_spec.Case) -> str:
@@ -80,6 +85,8 @@ PEERS: tuple[Peer, ...] = (
 OP = Op(
     name="batch_norm_act",
     spec=batch_norm_spec,
+    cases=stem_cases.BATCH_NORM,
+    gpu_cases=stem_cases.BATCH_NORM_GPU,
     asked=("x",),
     peers=PEERS,
     quick_cases=("base_stage_1_b8", "base_stage_3_inner_b8", "demo_stage_2_b32"),

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import stem_cases
 from benchmarks.contest import Stopwatch
 from benchmarks.record import Settings
 from benchmarks.stem_contest import Compute, Op, Peer, Problem
@@ -26,6 +27,10 @@ def bench_embed_sequence(
 
 def selection(cases: list[str], dtypes: list[str], quick: bool) -> list[tuple[str, str, str]]:
     return OP.selection(cases, dtypes, quick)
+
+
+def compile_ahead(case: str, dtype: str, direction: str, device: str) -> None:
+    OP.compile_ahead(case, dtype, direction, device)
 
 
 def described(case: embed_spec.Case) -> str:
@@ -128,6 +133,8 @@ PEERS: tuple[Peer, ...] = (
 OP = Op(
     name="embed_sequence",
     spec=embed_spec,
+    cases=stem_cases.EMBED,
+    gpu_cases=stem_cases.EMBED_GPU,
     asked=("text", "weight"),
     peers=PEERS,
     quick_cases=("base_b8", "demo_b36"),

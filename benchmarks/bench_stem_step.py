@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ CASES: dict[str, tuple[str, int]] = {"base_b4": ("base", 4), "base_b1": ("base",
 """name → variant and images."""
 QUICK_CASES = ("base_b1",)
 NORMS = "batch_norm_act"
+M = TypeVar("M", bound=nn.Module)
 
 
 def bench_stem_step(
@@ -83,6 +84,15 @@ class TorchNorm(nn.Module):
         return y.permute(0, 2, 3, 1)
 
 
+def with_torch_norms(model: M) -> M:
+    """The same model, torch's norms in place of ours."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BatchNorm):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, TorchNorm(module).to(module.weight.device))
+    return model
+
+
 class Problem:
     """The stage's weights, its images and the gradient of its features, in one dtype: float32, or autocast to it."""
 
@@ -109,11 +119,7 @@ class Problem:
 
     def rival(self) -> ConvStage:
         """The stage with torch's norms, its weights laid channels-last as torch's convolutions like them."""
-        stage = self.stage(None)
-        for name, module in list(stage.named_modules()):
-            if isinstance(module, BatchNorm):
-                parent, _, child = name.rpartition(".")
-                setattr(stage.get_submodule(parent), child, TorchNorm(module))
+        stage = with_torch_norms(self.stage(None))
         return stage.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def contestants(self) -> list[Contestant]:

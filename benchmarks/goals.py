@@ -1,4 +1,4 @@
-"""What a result is held against: the goals of an op on a CPU, each computed from the contests of one run.
+"""What a result is held against: the goals of an op on a CPU and on a GPU, each computed from the contests of one run.
 
 A goal that is missed stays in the table.
 """
@@ -10,6 +10,9 @@ import functools
 import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
+
+from benchmarks import attention_cases, stem_cases
+from simvlm.kernels.attention.spec import visible_pairs
 
 Contest = dict[str, Any]
 
@@ -54,6 +57,9 @@ class _Run:
                 return row
         raise _Missing
 
+    def baseline(self, case: str, dtype: str, direction: str) -> str:
+        return self._contest(case, dtype, direction)["baseline"]
+
     def yardstick(self, case: str, dtype: str, direction: str, name: str) -> float:
         found = self._contest(case, dtype, direction)["yardsticks"].get(name)
         if not found:
@@ -71,12 +77,11 @@ class _Run:
         return self._contests[case, dtype, direction]
 
 
-def goals(contests: Iterable[Contest], op: str) -> list[Goal]:
-    """The goals of an op; none for one that has none, or on a device that is no CPU."""
-    found = list(contests)
-    if not any("copy_gbytes_per_s" in contest["yardsticks"] for contest in found):
-        return []
-    run = _Run(found)
+def goals(contests: Iterable[Contest], op: str, device: str) -> list[Goal]:
+    """The goals of an op on a "cpu" or on "cuda"; none for one that has none."""
+    run = _Run(contests)
+    if device == "cuda":
+        return list(_GPU[op](run)) if op in _GPU else []
     if op == "prefix_attention":
         return [goal for dtype in DTYPES for goal in _attention(run, dtype)]
     return [_ratio(run, dtype, *row) for row in _RATIOS.get(op, ()) for dtype in DTYPES]
@@ -93,22 +98,23 @@ _RATIOS: dict[str, tuple[tuple[str, str, str, float], ...]] = {
 
 
 def _ratio(run: _Run, dtype: str, case: str, direction: str, peer: str, at: float) -> Goal:
+    return _goal(f"{case}: against {peer}", dtype, at, lambda: run.row(case, dtype, direction, peer)["ratio"])
+
+
+def _goal(what: str, dtype: str, at: float, measure: Callable[[], float], **options: Any) -> Goal:
+    """What cannot be measured is None: a contest or a row is missing, or no peer has a time (min of nothing)."""
     try:
-        measured: float | None = run.row(case, dtype, direction, peer)["ratio"]
-    except _Missing:
+        measured: float | None = measure()
+    except (_Missing, ValueError):
         measured = None
-    return Goal(what=f"{case}: against {peer}", dtype=dtype, goal=at, measured=measured)
+    return Goal(what=what, dtype=dtype, goal=at, measured=measured, **options)
 
 
 def _attention(run: _Run, dtype: str) -> Iterable[Goal]:
     half = dtype == "bfloat16"
 
     def goal(what: str, at: float, measure: Callable[[], float], **options: Any) -> Goal:
-        try:
-            measured: float | None = measure()
-        except (_Missing, ValueError):
-            measured = None
-        return Goal(what=what, dtype=dtype, goal=at, measured=measured, **options)
+        return _goal(what, dtype, at, measure, **options)
 
     def against(case: str, peer: str) -> float:
         return run.row(case, dtype, "forward", peer)["ratio"]
@@ -182,3 +188,128 @@ def _attention(run: _Run, dtype: str) -> Iterable[Goal]:
         return gain / (products[0] / products[1])
 
     yield goal("pretrain: what all threads gain over one, against the same of a plain product", 0.95, scaling)
+
+
+# ---- GPU: bfloat16, in which such models are trained -----------------------------------------------------------------
+
+FLEX, FLEX_BARE, CUDNN_BARE = "FlexAttention", "FlexAttention, no table", "SDPA cuDNN, bare"
+_HALF = "bfloat16"
+_WORDS = {"forward": "forward", "both": "forward and backward"}
+
+
+def _gpu_attention(run: _Run) -> Iterable[Goal]:
+    def against(case: str, direction: str, peer: str, at: float) -> Goal:
+        what = f"{case}: {_WORDS[direction]} against {peer}"
+        return _goal(what, _HALF, at, lambda: run.row(case, _HALF, direction, peer)["ratio"])
+
+    def ms(case: str, part: str, name: str | None) -> float:
+        """Forward, or backward: both less forward."""
+        if part == "forward":
+            return run.row(case, _HALF, "forward", name)["median_ms"]
+        return run.row(case, _HALF, "both", name)["median_ms"] - ms(case, "forward", name)
+
+    def without_table(case: str) -> str:
+        return f"{run.baseline(case, _HALF, 'forward')}, no table"
+
+    def cost(case: str, part: str) -> float:
+        return 100 * (ms(case, part, None) / ms(case, part, without_table(case)) - 1)
+
+    def cudnn(part: str, name: str | None) -> float:
+        return ms("gpu_pretrain", part, CUDNN_BARE) / ms("gpu_pretrain", part, name) * visible("gpu_pretrain")
+
+    yield against("gpu_pretrain", "forward", FLEX, 1.3)
+    yield against("gpu_pretrain", "both", FLEX, 2.0)
+    for direction in _WORDS:
+        yield against("gpu_pretrain", direction, FLEX_BARE, 1.0)
+    for timed in attention_cases.GPU_BENCHMARKS[1:]:
+        for direction in _WORDS if timed.gradients else ("forward",):
+            yield against(timed.name, direction, FLEX, 1.0)
+    per_flop = "FLOP/s against cuDNN's without mask and bias, of the pairs that each must compute"
+    yield _goal(f"gpu_pretrain: forward, {per_flop}", _HALF, 0.9, lambda: cudnn("forward", None))
+    yield _goal(
+        f"gpu_pretrain: backward without table, {per_flop}",
+        _HALF,
+        0.6,
+        lambda: cudnn("backward", without_table("gpu_pretrain")),
+    )
+    for case, part, at in (
+        ("gpu_pretrain", "forward", 6),
+        ("gpu_px480", "forward", 15),
+        ("gpu_pretrain", "backward", 10),
+        ("gpu_px480", "backward", 30),
+    ):
+        what = f"{case}: {part}, what the table costs"
+        yield _goal(what, _HALF, at, functools.partial(cost, case, part), at_most=True, unit="%")
+
+    def gflops(case: str, direction: str) -> float:
+        return run.row(case, _HALF, direction)["gflops"]
+
+    for direction, words in _WORDS.items():
+        yield _goal(
+            f"gpu_huge (H = 80) against gpu_pretrain (H = 64): {words}, FLOP/s",
+            _HALF,
+            1.0,
+            lambda direction=direction: gflops("gpu_huge", direction) / gflops("gpu_pretrain", direction),  # type: ignore[misc]
+        )
+
+
+def visible(case: str) -> float:
+    """The share of a padded case's pairs that its mask lets see each other."""
+    found = attention_cases.named(case)
+    assert found.padded is not None
+    return visible_pairs(found.layout()) / (len(found.q_lens) * found.padded[0] * found.padded[1])
+
+
+def _gpu_batch_norm(run: _Run) -> Iterable[Goal]:
+    def share(case: str, direction: str) -> float:
+        copied = run.yardstick(case, _HALF, direction, "copy_gbytes_per_s")
+        return 100 * run.row(case, _HALF, direction)["gbytes_per_s"] / copied
+
+    for case in stem_cases.BATCH_NORM_GPU:
+        for direction, words in _WORDS.items():
+            what = f"{case.name}: {words}, least traffic as a share of a copy's"
+            yield _goal(what, _HALF, 85, functools.partial(share, case.name, direction), unit="%")
+
+
+def _gpu_base_step(run: _Run) -> Iterable[Goal]:
+    for peer, at in (("eager SDPA", 1.5), ("compiled FlexAttention", 1.2)):
+        yield _ratio(run, _HALF, "base", "step", peer, at)
+
+
+_GPU: dict[str, Callable[[_Run], Iterable[Goal]]] = {
+    "prefix_attention": _gpu_attention,
+    "batch_norm_act": _gpu_batch_norm,
+    "base_step": _gpu_base_step,
+}
+
+
+def stage_goals(report: dict[str, Any]) -> list[Goal]:
+    """Those of `python -m benchmarks.gpu` that no contest tells."""
+    return [
+        _goal(
+            "first call, forward and backward, in a fresh process that has compiled nothing",
+            report.get("cold_start", {}).get("dtype", _HALF),
+            5.0,
+            lambda: _present(report, "cold_start", "first_call_s"),
+            at_most=True,
+            unit="s",
+        ),
+        _goal(
+            "peak memory of forward and backward: growth from the shortest to the longest, over the lengths' own",
+            _HALF,
+            MEMORY_GROWTH,
+            lambda: _present(report, "memory", "growth"),
+            at_most=True,
+        ),
+    ]
+
+
+MEMORY_GROWTH = 1.3
+"""Linear in T is 1; a term of T² would make it many times that. The rest is the allocator's rounding."""
+
+
+def _present(report: dict[str, Any], stage: str, name: str) -> float:
+    value = report.get(stage, {}).get(name)
+    if value is None:
+        raise _Missing
+    return value

@@ -3,53 +3,66 @@
     python -m benchmarks.gpu --out results-h200          on a machine with an NVIDIA GPU; needs no network
     python -m benchmarks.gpu --out /tmp/dry --dry-run    the same flow on the CPU, tiny, Triton in its interpreter
 
-In order, each written to DIR as soon as it is known, so that a run that is cut still reports: parity of every Triton
-kernel in float32, bfloat16 and float16; 30 bit-equal repeats; the first call in a fresh process with an empty cache;
-attention against its rivals at sizes that fill a GPU, forward and with gradients; the stem's ops; the demo's step.
-DIR/gpu.json holds all of it, DIR/<op>.json, .md and .png the contests of each op.
+What matters most comes first, and is written to DIR as soon as it is known, so that a run that is cut still reports:
+parity of every Triton kernel in float32, bfloat16 and float16; 30 bit-equal repeats; tests/test_gpu.py; the first call
+in a fresh process with an empty cache; attention against its rivals at the pretraining shape; peak memory by length; a
+training step of Base; attention at other shapes; the stem's ops; the demo's step. DIR/README.md sums it up and says
+which goals are met, DIR/gpu.json holds all of it, DIR/<op>.json, .md and .png the contests of each op.
 
-Exit status 1 where a kernel misses its error budget, a repeat differs, or a stage fails.
+It needs torch, Triton, numpy, pytest, pytest-benchmark, matplotlib and rich; a stage that needs more is left out. Exit
+status 1 where a kernel misses its error budget, a repeat differs, or a stage fails; a missed goal is no failure.
 """
 
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import dataclasses
-import json
+import functools
+import importlib
 import multiprocessing
 import os
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 
-from benchmarks import bench_attention, bench_batch_norm, bench_demo_step, bench_embed, machine, render
+from benchmarks import attention_cases, gpu_checks, gpu_summary, machine, render, stem_cases
 from benchmarks.contest import Stopwatch
+from benchmarks.gpu_run import PROCESSES, NeedsError, Run
 from benchmarks.record import Settings, one_line
-from simvlm.kernels import parity, triton_device
-from simvlm.kernels.attention import spec as attention_spec
-from simvlm.kernels.stem import batch_norm_spec, embed_spec
+from simvlm.kernels import triton_device
 
-SPECS = {"prefix_attention": attention_spec, "batch_norm_act": batch_norm_spec, "embed_sequence": embed_spec}
-CONTESTS = {
-    "prefix_attention": (bench_attention.bench_prefix_attention, bench_attention.selection),
-    "batch_norm_act": (bench_batch_norm.bench_batch_norm_act, bench_batch_norm.selection),
-    "embed_sequence": (bench_embed.bench_embed_sequence, bench_embed.selection),
-    "demo_step": (bench_demo_step.bench_demo_step, bench_demo_step.selection),
+Contest = tuple[str, str, str]
+"""Case, dtype, direction."""
+
+MODULES = {
+    "prefix_attention": "bench_attention",
+    "base_step": "base_step",
+    "batch_norm_act": "bench_batch_norm",
+    "embed_sequence": "bench_embed",
+    "demo_step": "bench_demo_step",
 }
+"""op → where its contests are."""
+CASES = {
+    "prefix_attention": [case.name for case in attention_cases.GPU_BENCHMARKS],
+    "base_step": ["base"],
+    "batch_norm_act": [case.name for case in stem_cases.BATCH_NORM_GPU],
+    "embed_sequence": [case.name for case in stem_cases.EMBED_GPU],
+    "demo_step": ["demo"],
+}
+COMPILE_S = 100
+"""The most seconds that compiling ahead may take."""
 DRY_CASES = {
-    "prefix_attention": "beams",
-    "batch_norm_act": "residual",
-    "embed_sequence": "mixed",
-    "demo_step": bench_demo_step.CASE,
+    "prefix_attention": ["grid_row", "beams"],
+    "base_step": ["demo"],
+    "batch_norm_act": ["residual"],
+    "embed_sequence": ["mixed"],
+    "demo_step": ["demo"],
 }
-REPEATS = 30
 
 
 class Measured:
@@ -63,162 +76,141 @@ class Measured:
             function()
 
 
-@dataclasses.dataclass
-class Run:
-    """One run: where it writes, when it must end, and what it knows so far; `dry` without a GPU, tiny."""
-
-    out: Path
-    dry: bool
-    ends: float
-    report: dict[str, Any]
-
-    def save(self) -> None:
-        self.out.mkdir(parents=True, exist_ok=True)
-        path = self.out / "gpu.json"
-        aside = path.with_suffix(".part")
-        aside.write_text(json.dumps(self.report, indent=1, ensure_ascii=False) + "\n")
-        aside.replace(path)
-
-    @property
-    def device(self) -> str:
-        return "cpu" if self.dry else "cuda"
-
-    @property
-    def left_s(self) -> float:
-        return self.ends - time.monotonic()
+def module_of(op: str) -> ModuleType:
+    try:
+        return importlib.import_module(f"benchmarks.{MODULES[op]}")
+    except ModuleNotFoundError as error:
+        raise NeedsError(error.name) from None
 
 
-# ---- parity ----------------------------------------------------------------------------------------------------------
-
-
-def check_parity(run: Run) -> None:
-    """Every core case of every op; in processes, because what takes long is to compile some hundred kernels."""
-    dtypes = ("float32", "float16") if run.dry else ("float32", "bfloat16", "float16")
-    jobs = [
-        (op, case.name, dtypes)
-        for op, spec in SPECS.items()
-        for case in [case for case in spec.CASES if case.tier == "core"][: 2 if run.dry else None]
-    ]
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1 if run.dry else os.cpu_count(), mp_context=context) as pool:
-        red = [line for found in pool.map(misses, *zip(*jobs, strict=True)) for line in found]
-    run.report["parity"] = {"cases": len(jobs), "dtypes": dtypes, "red": red}
-    if red:
-        raise AssertionError(f"{len(red)} misses of the error budget, the first: {red[0]}")
-
-
-def misses(op: str, name: str, dtypes: tuple[str, ...]) -> list[str]:
-    """Where Triton misses the budget on one case."""
-    torch.set_num_threads(1)
-    spec = SPECS[op]
-    case = next(case for case in spec.CASES if case.name == name)
-    found = []
-    for dtype in dtypes:
-        try:
-            red = [str(violation) for violation in parity.violations(spec, case, "torch", "triton", dtype)]
-        except Exception as error:  # a kernel that fails is a row too
-            red = [one_line(error)]
-        found += [f"{op} {name} {dtype}: {line}" for line in red]
+def contests(dry: bool, op: str) -> list[Contest]:
+    """An op's, the most telling first: bfloat16; of attention at the pretraining shape the other dtypes last."""
+    selection = module_of(op).selection
+    if dry:
+        found = selection(DRY_CASES[op], ["float32"], True)
+        return found if op == "prefix_attention" else found[-1:]
+    found = selection(CASES[op], ["bfloat16"], False)
+    if op == "prefix_attention":
+        found += selection(CASES[op][:1], ["float16", "float32"], False)
     return found
 
 
-def check_repeats(run: Run) -> None:
-    """Forward and backward of one case, again and again: the same bits."""
-    name, repeats = ("decode_chunk_table", 2) if run.dry else ("gpu_pretrain", REPEATS)
-    different = []
-    for dtype in ("float32",) if run.dry else ("float32", "bfloat16", "float16"):
-        call = _call(name, dtype, run.device)
-        first = call()
-        for _ in range(repeats - 1):
-            if not all(torch.equal(a, b) for a, b in zip(first, call(), strict=True)):
-                different.append(dtype)
-                break
-    run.report["repeats"] = {"case": name, "repeats": repeats, "different": different}
-    if different:
-        raise AssertionError(f"repeats differ in {', '.join(different)}")
+def compile_ahead(run: Run) -> None:
+    """Compiles the rivals that torch.compile builds, all at once: their contests find them in torch's cache on disk.
 
-
-def _call(name: str, dtype: str, device: str) -> Callable[[], tuple[torch.Tensor, ...]]:
-    problem = bench_attention.Problem(bench_attention.named(name), dtype, device)
-    call: Callable[[], tuple[torch.Tensor, ...]] = bench_attention.contestant(
-        problem, "both", bench_attention.public("triton"), "ours"
-    ).call
-    return call
-
-
-# ---- time ------------------------------------------------------------------------------------------------------------
-
-_COLD = """
-import sys, time
-started = time.perf_counter()
-from benchmarks import gpu
-call = gpu._call({name!r}, {dtype!r}, {device!r})
-ready = time.perf_counter()
-call()
-if {device!r} == "cuda":
-    import torch
-    torch.cuda.synchronize()
-print(ready - started, time.perf_counter() - ready)
-"""
-
-
-def time_cold_start(run: Run) -> None:
-    """Seconds of the first call, forward and backward, in a fresh process whose Triton cache is empty."""
-    name, dtype = ("decode_chunk_table", "float32") if run.dry else ("gpu_pretrain", "bfloat16")
-    with tempfile.TemporaryDirectory() as cache:
-        program = _COLD.format(name=name, dtype=dtype, device=run.device)
-        done = subprocess.run(
-            [sys.executable, "-c", program],
-            cwd=machine.ROOT,
-            env=os.environ | {"TRITON_CACHE_DIR": cache},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1])
-    preparation, first_call = map(float, done.stdout.split()[-2:])
-    run.report["cold_start"] = {"case": name, "dtype": dtype, "preparation_s": preparation, "first_call_s": first_call}
-
-
-def chosen(run: Run, op: str) -> list[tuple[str, str, str]]:
-    """(case, dtype, direction) of an op's contests, the most telling first."""
-    _, selection = CONTESTS[op]
+    One after the other they would take most of the run's time. What fails here fails again in its contest, and is told
+    there.
+    """
+    jobs = []
+    for op in MODULES:
+        if op != "demo_step":
+            jobs += [(op, *contest, run.device) for contest in contests(run.dry, op)]
     if run.dry:
-        return selection([DRY_CASES[op]], ["float32"], True)
-    names = [case.name for case in attention_spec.GPU_BENCHMARKS] if op == "prefix_attention" else []
-    return selection(names, ["bfloat16"], False)
+        jobs = [job for job in jobs if job[0] == "batch_norm_act"][:1]
+    with multiprocessing.get_context("spawn").Pool(1 if run.dry else PROCESSES) as pool:  # whose end ends its processes
+        try:
+            found = pool.starmap_async(compiled, jobs, chunksize=1).get(COMPILE_S)
+        except multiprocessing.TimeoutError:
+            found = [f"not done after {COMPILE_S} s"]
+    run.report["compile"] = {"contests": len(jobs), "failed": [line for line in found if line]}
 
 
-def time_op(run: Run, op: str) -> None:
-    """One op's contests, its pages written anew after each; what no time was left for is named."""
-    bench, _ = CONTESTS[op]
+def compiled(op: str, case: str, dtype: str, direction: str, device: str) -> str | None:
+    """Compiles the rivals of one contest; returns why that failed, or None."""
+    import torch._inductor.config as inductor
+
+    torch.set_num_threads(1)
+    inductor.compile_threads = 1  # else each of these processes starts a pool of its own
+    torch.compiler.reset()
+    try:
+        module_of(op).compile_ahead(case, dtype, direction, device)
+    except Exception as error:
+        return f"{op} {case} {dtype} {direction}: {one_line(error)}"
+    finally:
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    return None
+
+
+def time_contests(run: Run, op: str, pretraining: bool | None = None) -> None:
+    """One op's contests, its page written anew after each; what no time was left for is named.
+
+    Args:
+        pretraining: only those of the first case in the first dtype, or only the others; None: all.
+    """
+    module, chosen = module_of(op), contests(run.dry, op)
+    if pretraining is not None:
+        chosen = [contest for contest in chosen if (contest[:2] == chosen[0][:2]) == pretraining]
     settings = Settings.of(run.device, quick=run.dry)
-    settings = dataclasses.replace(settings, budget_s=0.1 if run.dry else 1.5)
-    found: list[dict[str, Any]] = []
-    skipped, failed = [], []
-    for case, dtype, direction in chosen(run, op):
+    settings = dataclasses.replace(settings, budget_s=1.5)
+    if run.dry:
+        settings = dataclasses.replace(settings, budget_s=0, min_rounds=1)
+    pages = run.contests.setdefault(op, [])
+    told = run.report.setdefault("contests", {}).setdefault(op, {"timed": 0, "skipped": [], "failed": []})
+    failed_before, skipped_before = len(told["failed"]), len(told["skipped"])
+    for case, dtype, direction in chosen:
         name = f"{case} {dtype} {direction}"
         if run.left_s < 0:
-            skipped.append(name)
+            told["skipped"].append(name)
             continue
-        measured = Measured()
+        measured, started = Measured(), time.monotonic()
         try:
-            bench(Stopwatch(), measured, settings, case, dtype, direction)
+            getattr(module, f"bench_{op}")(Stopwatch(), measured, settings, case, dtype, direction)
+        except ModuleNotFoundError as error:
+            raise NeedsError(error.name) from None
         except BaseException as error:  # pytest.fail is no Exception; the contest's rows are kept where it has them
             if isinstance(error, KeyboardInterrupt):
                 raise
-            failed.append(f"{name}: {one_line(Exception(str(error)))}")
+            told["failed"].append(f"{name}: {one_line(Exception(str(error)))}")
         finally:
             if run.device == "cuda":
                 torch.cuda.empty_cache()
         if measured.extra_info:
-            found.append({"extra_info": measured.extra_info})
-            render.write(run.report["head"] | {"benchmarks": found}, run.out, op)
-        run.report[op] = {"contests": len(found), "skipped": skipped, "failed": failed}
+            pages.append({"extra_info": measured.extra_info})
+            told["timed"] = len(pages)
+            render.write_pages(run.report["head"] | {"benchmarks": pages}, run.out, op)
         run.save()
-    if skipped or failed:
+        print(f"  {op} {name} ({time.monotonic() - started:.0f} s)", flush=True)
+    if pages:
+        render.draw(run.report["head"] | {"benchmarks": pages}, run.out, op)
+    failed, skipped = told["failed"][failed_before:], told["skipped"][skipped_before:]
+    if failed or skipped:
         raise RuntimeError(f"{len(failed)} contests failed, no time for {len(skipped)}: {[*failed, *skipped][0]}")
+
+
+STAGES: dict[str, Callable[[Run], None]] = {
+    "parity": gpu_checks.check_parity,
+    "repeats": gpu_checks.check_repeats,
+    "tests": gpu_checks.run_tests,
+    "cold start": gpu_checks.time_cold_start,
+    "compile": compile_ahead,
+    "prefix_attention, pretraining": functools.partial(time_contests, op="prefix_attention", pretraining=True),
+    "memory": gpu_checks.measure_memory,
+    "base_step": functools.partial(time_contests, op="base_step"),
+    "prefix_attention": functools.partial(time_contests, op="prefix_attention", pretraining=False),
+    "batch_norm_act": functools.partial(time_contests, op="batch_norm_act"),
+    "embed_sequence": functools.partial(time_contests, op="embed_sequence"),
+    "demo_step": functools.partial(time_contests, op="demo_step"),
+}
+
+
+def run_stage(run: Run, name: str) -> None:
+    """Runs it, and writes what became of it."""
+    started = time.monotonic()
+    failed = left_out = None
+    try:
+        STAGES[name](run)
+    except NeedsError as error:
+        left_out = f"left out: needs {error}"
+    except Exception as error:  # one stage's failure must not cost the others
+        failed = one_line(error)
+    if run.device == "cuda":
+        torch.cuda.empty_cache()
+    stage = {"stage": name, "seconds": time.monotonic() - started, "failed": failed, "left_out": left_out}
+    run.report["stages"].append(stage)
+    run.save()
+    (run.out / "README.md").write_text(gpu_summary.page(run))
+    print(f"{name}: {gpu_summary.verdict(stage)} ({stage['seconds']:.0f} s)", flush=True)
 
 
 def main() -> int:
@@ -238,31 +230,17 @@ def main() -> int:
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         environment |= {"TRITON_INTERPRET": "1"} if options.dry_run else {}
         os.execve(sys.executable, [sys.executable, "-m", "benchmarks.gpu", *sys.argv[1:]], environment)
-    command = f"python -m benchmarks.gpu{' --dry-run' if options.dry_run else ''}"
     head = {
         "machine_info": machine.facts("cpu" if options.dry_run else "cuda"),
         "commit_info": machine.commit(),
         "datetime": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "quick": options.dry_run,
-        "command": command,
+        "command": f"python -m benchmarks.gpu{' --dry-run' if options.dry_run else ''}",
     }
     run = Run(options.out, options.dry_run, time.monotonic() + options.seconds, {"head": head, "stages": []})
-    stages: dict[str, Callable[[Run], None]] = {
-        "parity": check_parity,
-        "repeats": check_repeats,
-        "cold start": time_cold_start,
-        **{op: lambda run, op=op: time_op(run, op) for op in CONTESTS},  # type: ignore[misc]
-    }
-    for name, stage in stages.items():
-        started = time.monotonic()
-        try:
-            stage(run)
-            reason = None
-        except Exception as error:  # one stage's failure must not cost the others
-            reason = one_line(error)
-        run.report["stages"].append({"stage": name, "seconds": time.monotonic() - started, "failed": reason})
-        run.save()
-        print(f"{name}: {reason or 'done'} ({time.monotonic() - started:.0f} s)", flush=True)
+    for name in STAGES:
+        run_stage(run, name)
+    print(gpu_summary.short(run), flush=True)
     return int(any(stage["failed"] for stage in run.report["stages"]))
 
 

@@ -24,7 +24,7 @@ from benchmarks.contest import Timer, wall_clock
 from simvlm.kernels import OPS, implementations
 
 ROOT = Path(__file__).resolve().parent.parent
-YARDSTICK = 2048
+YARDSTICK = {"cpu": 2048, "cuda": 8192}
 """Side of the plain matrix product that says what this machine does in this dtype at this moment."""
 
 
@@ -33,6 +33,11 @@ def slug(device: str) -> str:
     if device == "cuda":
         return f"gpu-{_dashed(torch.cuda.get_device_name())}"
     return f"cpu-{_dashed(cpu_model())}-{os.cpu_count()}core"
+
+
+def device_of(slug: str) -> str:
+    """ "cuda" or "cpu"."""
+    return "cuda" if slug.startswith("gpu") else "cpu"
 
 
 def _dashed(name: str) -> str:
@@ -79,7 +84,10 @@ def commit() -> dict[str, Any]:
     """The commit that was measured, and whether files under version control differ from it."""
 
     def git(*arguments: str) -> str | None:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        except OSError:
+            return None
         return done.stdout.strip() if done.returncode == 0 else None
 
     return {"id": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
@@ -108,19 +116,24 @@ def _events(call: Callable[[], Any]) -> float:
 
 def matmul_gflops(dtype: torch.dtype, device: str, repeats: int) -> float:
     """GFLOP/s of a plain square matrix product, median of a few."""
-    a, b = (torch.ones(YARDSTICK, YARDSTICK, dtype=dtype, device=device) for _ in range(2))
+    side = YARDSTICK[device]
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     time_call = timer(device)
     time_call(lambda: a @ b)
-    return 2e-9 * YARDSTICK**3 / statistics.median(time_call(lambda: a @ b) for _ in range(repeats))
+    return 2e-9 * side**3 / statistics.median(time_call(lambda: a @ b) for _ in range(repeats))
 
 
 def yardsticks(dtype: torch.dtype, device: str, repeats: int) -> dict[str, float]:
     """How fast the machine is at this moment: what a contest's times are to be compared with."""
-    found = {"matmul_gflops": matmul_gflops(dtype, device, repeats)}
+    found = {
+        "matmul_gflops": matmul_gflops(dtype, device, repeats),
+        "copy_gbytes_per_s": copy_gbytes_per_s(device, repeats),
+    }
     if device == "cpu":
-        with threads(1):
-            found["matmul_one_thread_gflops"] = matmul_gflops(dtype, device, repeats)
-        found["copy_gbytes_per_s"] = copy_gbytes_per_s(repeats)
+        found["matmul_one_thread_gflops"] = found["matmul_gflops"]
+        if torch.get_num_threads() > 1:
+            with threads(1):
+                found["matmul_one_thread_gflops"] = matmul_gflops(dtype, device, repeats)
         peak = fma_gflops(torch.get_num_threads())
         if peak is not None:
             found["fma_gflops"] = peak
@@ -137,12 +150,13 @@ def threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def copy_gbytes_per_s(repeats: int) -> float:
-    """Bytes read and written a second by a copy of 128 MiB, median of a few."""
-    source = torch.ones(2**25)
+def copy_gbytes_per_s(device: str, repeats: int) -> float:
+    """Bytes read and written a second by a copy of 128 MiB (GPU: 1 GiB), median of a few."""
+    source = torch.ones(2**25 if device == "cpu" else 2**28, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
-    return 2e-9 * source.nbytes / statistics.median(wall_clock(lambda: target.copy_(source)) for _ in range(repeats))
+    time_call = timer(device)
+    return 2e-9 * source.nbytes / statistics.median(time_call(lambda: target.copy_(source)) for _ in range(repeats))
 
 
 def fma_gflops(number: int) -> float | None:

@@ -14,7 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
 DIRECTIONS = {"forward": "forward", "both": "fwd + bwd", "step": "training step"}
-PALETTE = ("#0072b2", "#56b4e9", "#009e73", "#999999", "#e69f00", "#d55e00", "#cc79a7", "#7f3c8d", "#a5aa99", "#4b4b8f")
+PALETTE = (
+    *("#0072b2", "#56b4e9", "#009e73", "#999999", "#e69f00", "#d55e00", "#cc79a7", "#7f3c8d", "#a5aa99", "#4b4b8f"),
+    *("#8c564b", "#bcbd22", "#17becf", "#1b4332", "#f2a6a6"),
+)
 BAR_CM, GROUP_GAP = 0.46, 1.0
 MARKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200)
 

@@ -15,8 +15,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.attention_peers import PEERS, Problem
-from benchmarks.bench_attention import contestant, described, named, ours
+from benchmarks.attention_cases import named
+from benchmarks.attention_peers import PEERS
+from benchmarks.attention_problem import Problem
+from benchmarks.bench_attention import contestant, described, ours
 from benchmarks.contest import Contest, Contestant
 from simvlm import doctor
 from simvlm.kernels import batch_norm_act, implementations, parity

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import machine
 from benchmarks.contest import Contest, Contestant, Stopwatch, rounds_within
+from simvlm.kernels.attention.spec import H200_BYTES_PER_S, H200_FLOPS_PER_S
 from simvlm.kernels.parity import DTYPES
 
 
@@ -39,6 +40,7 @@ class Subject:
     Attributes:
         flops, bytes_moved: the op's, whatever a contestant really does; None where nobody counts the bytes.
         checked: a sentence on what says that ours is right, where no error budget does before the timing.
+        samples: of a training step.
     """
 
     op: str
@@ -51,6 +53,14 @@ class Subject:
     flops_formula: str
     bytes_formula: str | None
     checked: str | None = None
+    samples: int | None = None
+
+    @property
+    def least_ms(self) -> float | None:
+        """No kernel on an H200 is faster: max(flops / the product's rate, bytes_moved / the copy's rate), in ms."""
+        if self.bytes_moved is None:
+            return None
+        return 1e3 * max(self.flops / H200_FLOPS_PER_S, self.bytes_moved / H200_BYTES_PER_S)
 
 
 def first_line(documented: Callable[..., Any]) -> str:
@@ -97,6 +107,8 @@ def record(
             row["gflops"] = 1e-6 * subject.flops / timing.median_ms
             moved = subject.bytes_moved
             row["gbytes_per_s"] = None if moved is None else 1e-6 * moved / timing.median_ms
+            if subject.samples is not None:
+                row["samples_per_s"] = 1e3 * subject.samples / timing.median_ms
             row["peak_extra_mib"] = machine.peak_extra_mib(contestant.call, settings.device)
             row["error"] = contestant.error(contestant.call()) if contestant.error else None
         rows.append(row)
@@ -107,6 +119,7 @@ def record(
         threads=torch.get_num_threads(),
         yardsticks={name: [before[name], after[name]] for name in before},
         rows=rows,
+        **({"least_ms": subject.least_ms} if settings.device == "cuda" else {}),
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from rich.table import Table
 
 from benchmarks import plot
 from benchmarks.goals import Goal, goals
-from benchmarks.machine import YARDSTICK
+from benchmarks.machine import YARDSTICK, device_of
 from benchmarks.plot import DIRECTIONS, number
+from simvlm.kernels.attention.spec import H200_BYTES_PER_S, H200_FLOPS_PER_S
 
 Report = dict[str, Any]
 Row = dict[str, Any]
@@ -26,19 +27,40 @@ Row = dict[str, Any]
 NOTHING = "—"
 BUDGET = "Before anything is timed it must meet its error budget on the case itself, outputs and gradients."
 
+GPU_NOTES = [
+    "* **floor ms**: no kernel on an H200 is faster: the op's products at "
+    f"{H200_FLOPS_PER_S / 1e12:.0f} TFLOP/s or its bytes at {H200_BYTES_PER_S / 1e12:.1f} TB/s, whichever is more. "
+    "**copy** is what a copy of 1 GiB reached just before and just after. Times are of events around a call, launches "
+    "included, the L2 cache cold."
+]
+STEP_NOTES = [
+    f"* **MFU**: the step's FLOPs, however it computes them, over its time and an H200's {H200_FLOPS_PER_S / 1e12:.0f} "
+    "TFLOP/s."
+]
+
 
 def write(report: Report, folder: Path, op: str, console: Console | None = None) -> None:
     """Writes <folder>/<op>.json, .md and .png, and prints the tables."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{op}.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    (folder / f"{op}.md").write_text(markdown(report, op))
-    plot.draw(report, op, folder / f"{op}.png")
+    write_pages(report, folder, op)
+    draw(report, folder, op)
     console = console or Console(width=None if sys.stdout.isatty() else 110)
     for table in console_tables(report, op):
         console.print(table)
     for refusal in refusals(report):
         console.print(f"no time: {refusal}", markup=False, highlight=False)
     console.print(f"written: {folder / op}.json, .md, .png", markup=False, highlight=False, soft_wrap=True)
+
+
+def write_pages(report: Report, folder: Path, op: str) -> None:
+    """Writes <folder>/<op>.json and .md."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{op}.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    (folder / f"{op}.md").write_text(markdown(report, op))
+
+
+def draw(report: Report, folder: Path, op: str) -> None:
+    """Writes <folder>/<op>.png, which takes seconds."""
+    plot.draw(report, op, folder / f"{op}.png")
 
 
 def contests(report: Report) -> list[dict[str, Any]]:
@@ -66,7 +88,21 @@ COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("first call s", lambda row: f"{row['first_call_s']:.2g}"),
     ("error", lambda row: NOTHING if row["error"] is None else f"{row['error']:.1e}"),
 )
-CONSOLE = ("median ms", "p20–p80", "× ours", "GFLOP/s", "GB/s", "extra MiB")
+# Of training steps alone.
+STEP_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("samples/s", lambda row: number(row["samples_per_s"])),
+    ("MFU %", lambda row: number(1e11 * row["gflops"] / H200_FLOPS_PER_S)),
+)
+CONSOLE = ("samples/s", "median ms", "p20–p80", "× ours", "GFLOP/s", "GB/s", "extra MiB")
+
+
+def columns(report: Report) -> tuple[tuple[str, Callable[[Row], str]], ...]:
+    counted = any("samples_per_s" in row for row in contestants(report).values())
+    return (*COLUMNS, *STEP_COLUMNS) if counted else COLUMNS
+
+
+def device(report: Report) -> str:
+    return device_of(report["machine_info"]["slug"])
 
 
 def rate(value: float | None) -> str:
@@ -82,7 +118,7 @@ def console_tables(report: Report, op: str) -> Iterable[Table]:
     """The rows of every contest, then ours against the strongest peer of each, in 80 columns where names allow."""
     detail = Table(title=f"{op} on {report['machine_info']['device']}", title_justify="left", box=box.SIMPLE_HEAD)
     detail.add_column("contestant (* computes less)", no_wrap=True)
-    shown = [(heading, fill) for heading, fill in COLUMNS if heading in CONSOLE]
+    shown = [(heading, fill) for heading, fill in columns(report) if heading in CONSOLE]
     for heading, _ in shown:
         detail.add_column(heading, justify="right", no_wrap=True)
     for contest in contests(report):
@@ -97,7 +133,8 @@ def console_tables(report: Report, op: str) -> Iterable[Table]:
                 detail.add_row(row["name"] + star, *(fill(row) for _, fill in shown), style=style)
     yield detail
     summary = Table(title=f"{op}: ours and the strongest peer", title_justify="left", box=box.SIMPLE_HEAD)
-    for heading in ("case", "ours ms", "GFLOP/s", "matmul", "strongest peer", "its time ÷ ours"):
+    floor = ("floor ms",) if device(report) == "cuda" else ()
+    for heading in ("case", "ours ms", "GFLOP/s", "matmul", *floor, "strongest peer", "its time ÷ ours"):
         summary.add_column(heading, justify="left" if heading in ("case", "strongest peer") else "right", no_wrap=True)
     for contest in contests(report):
         peers = [row for row in contest["rows"] if row["kind"] == "peer" and row.get("ratio")]
@@ -105,12 +142,12 @@ def console_tables(report: Report, op: str) -> Iterable[Table]:
         style = None if best is None else "green" if best["ratio"] >= 1 else "red"
         summary.add_row(
             title(contest),
-            *summary_cells(contest, report)[3:6],
+            *summary_cells(contest, report)[3 : 6 + len(floor)],
             *((best["name"], ratio(best["ratio"])) if best else (NOTHING, NOTHING)),
             style=style,
         )
     yield summary
-    held = goals(contests(report), op)
+    held = goals(contests(report), op, device(report))
     if held:
         table = Table(title=f"{op}: goals", title_justify="left", box=box.SIMPLE_HEAD)
         for heading in GOAL_HEADINGS:
@@ -146,31 +183,45 @@ def refusals(report: Report) -> Iterable[str]:
         yield f"{name}, {places}: {reason}"
 
 
-def cells(row: Row) -> list[str]:
+def cells(row: Row, columns: Sequence[tuple[str, Callable[[Row], str]]]) -> list[str]:
     """Contestant, the columns, note."""
     notes = ["computes less" if row["kind"] == "bound" else "", row["reason"] or ""]
-    filled = [NOTHING] * len(COLUMNS) if row["reason"] else [fill(row) for _, fill in COLUMNS]
+    filled = [NOTHING] * len(columns) if row["reason"] else [fill(row) for _, fill in columns]
     return [row["name"], *filled, "; ".join(note for note in notes if note)]
 
 
 def summary_headings(report: Report) -> list[str]:
     rivals = [name for name, row in contestants(report).items() if row["kind"] != "ours"]
-    return ["case", "dtype", "direction", "ours ms", "ours GFLOP/s", "matmul GFLOP/s", *rivals]
+    return [*_facts(report), *rivals]
+
+
+def _facts(report: Report) -> list[str]:
+    on_gpu = ["floor ms", "copy GB/s"] if device(report) == "cuda" else []
+    return ["case", "dtype", "direction", "ours ms", "ours GFLOP/s", "matmul GFLOP/s", *on_gpu]
 
 
 def summary_cells(contest: dict[str, Any], report: Report) -> list[str]:
     rows = {row["name"]: row for row in contest["rows"]}
     base = rows.get(contest["baseline"] or "")
-    rivals = [rows.get(name) for name in summary_headings(report)[6:]]
+    rivals = [rows.get(name) for name in summary_headings(report)[len(_facts(report)) :]]
+    on_gpu = []
+    if device(report) == "cuda":
+        least_ms = contest["least_ms"]
+        on_gpu = [NOTHING if least_ms is None else number(least_ms), _span(contest["yardsticks"]["copy_gbytes_per_s"])]
     return [
         contest["case"],
         contest["dtype"],
         DIRECTIONS[contest["direction"]],
         number(base["median_ms"]) if base else "red",
         rate(base["gflops"]) if base else NOTHING,
-        "–".join(f"{value:.0f}" for value in sorted(contest["yardsticks"]["matmul_gflops"])),
+        _span(contest["yardsticks"]["matmul_gflops"]),
+        *on_gpu,
         *(_summary_ratio(row) for row in rivals),
     ]
+
+
+def _span(values: Sequence[float]) -> str:
+    return "–".join(f"{value:.0f}" for value in sorted(values))
 
 
 def _summary_ratio(row: Row | None) -> str:
@@ -207,7 +258,7 @@ def markdown(report: Report, op: str) -> str:
         "**per round** is the median of the ratios within each round. The contestants of a case run interleaved, once "
         "a round each, in an order that changes every round.",
         "* The machine is shared and noisy: ratios mean something, absolute times little. **matmul** is what a plain "
-        f"{YARDSTICK}³ matrix product reached just before and just after the contest.",
+        f"{YARDSTICK[device(report)]}³ matrix product reached just before and just after the contest.",
         "* Rows marked * (computes less) leave mask or bias out: a bound for what could be reached, no rival.",
         f"* **GFLOP/s**: {_formula(first['flops_formula'])} The same count for every contestant, whatever it does.",
         *(
@@ -215,13 +266,17 @@ def markdown(report: Report, op: str) -> str:
             if first["bytes_formula"]
             else []
         ),
+        *(GPU_NOTES if device(report) == "cuda" else []),
+        *(STEP_NOTES if columns(report) != COLUMNS else []),
         "* **extra MiB**: resident memory of the process at its peak during one warm call, less what was resident "
         "before, results included (GPU: torch's allocator). **first call** includes compilation.",
         "* **error**: rms of the output's error against the reference in float64, divided by the output's rms.",
         "",
         "## Ratios at a glance",
         "",
-        *_table(summary_headings(report), [summary_cells(contest, report) for contest in contests(report)], left=3),
+        *markdown_table(
+            summary_headings(report), [summary_cells(contest, report) for contest in contests(report)], left=3
+        ),
         "",
         *_goal_lines(report, op),
         "## Contestants",
@@ -235,8 +290,8 @@ def markdown(report: Report, op: str) -> str:
                 continue
             rounds = max((row["rounds"] for row in contest["rows"] if not row["reason"]), default=0)
             lines += ["", f"### {title(contest)} ({rounds} rounds)", ""]
-            headings = ["contestant", *(heading for heading, _ in COLUMNS), "note"]
-            lines += _table(headings, [cells(row) for row in contest["rows"]], left=1)
+            headings = ["contestant", *(heading for heading, _ in columns(report)), "note"]
+            lines += markdown_table(headings, [cells(row, columns(report)) for row in contest["rows"]], left=1)
     implementations = machine["implementations"].get(op, {})
     lines += [
         "",
@@ -252,17 +307,17 @@ def markdown(report: Report, op: str) -> str:
 
 
 def _goal_lines(report: Report, op: str) -> list[str]:
-    held = goals(contests(report), op)
+    held = goals(contests(report), op, device(report))
     if not held:
         return []
-    return ["## Goals", "", *_table(list(GOAL_HEADINGS), [goal_cells(goal) for goal in held], left=2), ""]
+    return ["## Goals", "", *markdown_table(list(GOAL_HEADINGS), [goal_cells(goal) for goal in held], left=2), ""]
 
 
 def _formula(sentence: str) -> str:
     return sentence[:1].lower() + sentence[1:]
 
 
-def _table(headings: list[str], rows: list[list[str]], left: int) -> list[str]:
+def markdown_table(headings: list[str], rows: Iterable[list[str]], left: int) -> list[str]:
     """Markdown, the first `left` columns and the notes aligned left."""
     rule = ["---" if index < left or heading == "note" else "---:" for index, heading in enumerate(headings)]
     # A bar inside a cell (an error message) would end it.

@@ -25,10 +25,11 @@ from benchmarks import (
     record,
     stem_contest,
 )
-from benchmarks.attention_peers import PEERS, Peer, Problem
+from benchmarks.attention_cases import BENCHMARKS, named
+from benchmarks.attention_peers import PEERS, Peer
+from benchmarks.attention_problem import Problem
 from benchmarks.contest import Contest, Contestant, Stopwatch, order, quantile, rounds_within
 from benchmarks.goals import goals
-from simvlm.kernels.attention import spec
 from simvlm.kernels.attention.spec import Case
 from simvlm.model.config import VARIANTS
 
@@ -190,7 +191,7 @@ def test_every_contestant_computes_the_same(case: Case, direction: str) -> None:
 
 @pytest.mark.parametrize("name", ["captions", "captions_cross"])
 def test_captions_padded_to_256_are_the_same(name: str) -> None:
-    problem = Problem(bench_attention.named(name), "float32", "cpu")
+    problem = Problem(named(name), "float32", "cpu")
     computed(problem, "forward", next(peer for peer in PEERS if peer.name == "SDPA, padded to 256"))
 
 
@@ -224,7 +225,7 @@ def test_goals_are_measured_met_missed_or_missing() -> None:
         }
 
     pretrain = contest("pretrain", {"ours": ("ours", 1, 150), "SDPA, bias ready": ("peer", 2.0, 75)})
-    held = goals([pretrain, contest("decode", {"ours": ("ours", 1, 1)})], "prefix_attention")
+    held = goals([pretrain, contest("decode", {"ours": ("ours", 1, 1)})], "prefix_attention", "cpu")
     found = {goal.what: goal for goal in held if goal.dtype == "float32"}
     missed = found["pretrain: forward against SDPA, bias ready"]
     assert (missed.measured, missed.met) == (2.0, False)
@@ -233,7 +234,7 @@ def test_goals_are_measured_met_missed_or_missing() -> None:
     decode = found["decode: bytes read and written as a share of a copy's"]
     assert (decode.measured, decode.met) == (85.0, True)
     assert found["px480: forward against SDPA, bias ready"].met is None
-    assert goals([pretrain], "another_op") == []
+    assert goals([pretrain], "another_op", "cpu") == goals([pretrain], "another_op", "cuda") == []
 
 
 STEM = [
@@ -326,10 +327,10 @@ def test_compiled_contestants_compute_the_same(case: Case, direction: str, name:
 
 
 def test_benchmark_cases_have_real_shapes() -> None:
-    names = [case.name for case in spec.BENCHMARKS]
+    names = [case.name for case in BENCHMARKS]
     assert names == ["pretrain", "px480", "huge", "captions", "captions_cross", "decode", "smallest"]
     assert set(bench_attention.QUICK_CASES) <= set(names)
-    described = {case.name: bench_attention.described(case) for case in spec.BENCHMARKS}
+    described = {case.name: bench_attention.described(case) for case in BENCHMARKS}
     assert described["pretrain"] == (
         "4 sequences, padded to 452×452, 452 queries, 452 keys, 12 heads of 64, prefix 265–413, "
         "table over 14×14 patches"
@@ -341,18 +342,18 @@ def test_benchmark_cases_have_real_shapes() -> None:
 
 def test_benchmark_cases_of_the_stem_have_the_models_shapes() -> None:
     base, demo = VARIANTS["base"], VARIANTS["demo"]
-    shapes = {case.name: case for case in bench_batch_norm.OP.spec.BENCHMARKS}
+    shapes = {case.name: case for case in bench_batch_norm.OP.cases}
     assert shapes["base_stem_b8"].shape[1:] == (base.image_size // 2, base.image_size // 2, base.conv_stem_width)
     assert shapes["base_stage_3_b8"].shape[1:] == (*base.image_grid, base.patch_channels)
     assert shapes["demo_stem_b32"].shape[1:] == (demo.image_size // 2, demo.image_size // 2, demo.conv_stem_width)
     assert shapes["demo_stage_2_b32"].shape[1:] == (*demo.image_grid, demo.patch_channels)
-    embeds = {case.name: case for case in bench_embed.OP.spec.BENCHMARKS}
+    embeds = {case.name: case for case in bench_embed.OP.cases}
     for name, config in (("base_b8", base), ("large_b8", VARIANTS["large"]), ("demo_b36", demo)):
         channels = config.patch_channels if config.has_projection else None
         case = embeds[name]
         assert (case.image_grid, case.channels, case.width) == (config.image_grid, channels, config.width)
     for op in (bench_batch_norm.OP, bench_embed.OP):
-        assert set(op.quick_cases) <= {case.name for case in op.spec.BENCHMARKS}
+        assert set(op.quick_cases) <= {case.name for case in op.cases}
     assert bench_batch_norm.described(shapes["base_stage_3_frozen_b8"]) == (
         "8 images of 14×14 pixels, 1024 channels, statistics given, residual, relu; 1.6 million elements"
     )
@@ -433,7 +434,7 @@ def test_make_quick(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
 
     monkeypatch.setattr(quick, "_CASES", 1)
     monkeypatch.setattr(quick, "_ROUNDS", 1)
-    monkeypatch.setattr(quick, "named", lambda name: bench_attention.named("scaled"))
+    monkeypatch.setattr(quick, "named", lambda name: named("scaled"))
     monkeypatch.setattr(quick, "_SHAPE", (2, 4, 4, 16))
     assert quick.main() == 0
     printed = capsys.readouterr().out

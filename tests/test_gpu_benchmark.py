@@ -9,7 +9,11 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).parent.parent
-STAGES = ["parity", "repeats", "cold start", "prefix_attention", "batch_norm_act", "embed_sequence", "demo_step"]
+STAGES = [
+    *("parity", "repeats", "tests", "cold start", "compile", "prefix_attention, pretraining", "memory", "base_step"),
+    *("prefix_attention", "batch_norm_act", "embed_sequence", "demo_step"),
+]
+WITHOUT_TRITON = ("base_step", "demo_step")  # a whole model in the interpreter takes minutes
 
 
 def _run(*options: str) -> subprocess.CompletedProcess[str]:
@@ -25,15 +29,20 @@ def test_a_dry_run_goes_through_every_stage(tmp_path):
     report = json.loads((tmp_path / "gpu.json").read_text())
     assert [(stage["stage"], stage["failed"]) for stage in report["stages"]] == [(name, None) for name in STAGES]
     assert report["parity"]["cases"] >= 6
-    assert report["parity"]["red"] == report["repeats"]["different"] == []
+    assert report["parity"]["red"] == report["repeats"]["different"] == report["compile"]["failed"] == []
     assert report["cold_start"]["first_call_s"] > 0
-    for op in STAGES[3:]:
-        assert report[op]["contests"] >= 1
+    for op, found in report["contests"].items():
+        assert found == {"timed": 3 if op == "prefix_attention" else 1, "skipped": [], "failed": []}
         rows = json.loads((tmp_path / f"{op}.json").read_text())["benchmarks"][0]["extra_info"]["rows"]
-        if op != "demo_step":  # a whole model in the interpreter takes minutes
+        if op not in WITHOUT_TRITON:
             assert [row["reason"] for row in rows if row["name"] == "simvlm triton"] == [None]
         assert (tmp_path / f"{op}.md").stat().st_size > 500
         assert (tmp_path / f"{op}.png").stat().st_size > 5000
+    page = (tmp_path / "README.md").read_text()
+    for said in ("dry run", "2 of grid_row", "[base_step](base_step.md)", "| memory | done |", "not measured"):
+        assert said in page
+    assert str(ROOT) not in page
+    assert done.stdout.splitlines()[-1] == f"written: {tmp_path / 'README.md'}"
 
 
 def test_no_time_is_told_and_no_gpu_refused(tmp_path):

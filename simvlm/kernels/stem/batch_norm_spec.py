@@ -200,15 +200,3 @@ CASES: tuple[Case, ...] = (
     Case(name="huge_stem", shape=(1, 112, 112, 80), tier="full"),
     Case(name="huge_stage_3", shape=(2, 14, 14, 1280), residual=True, frozen=True, tier="full"),
 )
-
-# What `make bench` times: norms of Base at 224 × 224 with 8 images, and of the demo with its 32.
-BENCHMARKS: tuple[Case, ...] = (
-    Case(name="base_stem_b8", shape=(8, 112, 112, 64)),
-    Case(name="base_stage_1_b8", shape=(8, 56, 56, 256), residual=True),
-    Case(name="base_stage_2_b8", shape=(8, 28, 28, 512), residual=True),
-    Case(name="base_stage_3_inner_b8", shape=(8, 14, 14, 256)),
-    Case(name="base_stage_3_b8", shape=(8, 14, 14, 1024), residual=True),
-    Case(name="base_stage_3_frozen_b8", shape=(8, 14, 14, 1024), residual=True, frozen=True),
-    Case(name="demo_stem_b32", shape=(32, 32, 32, 32)),
-    Case(name="demo_stage_2_b32", shape=(32, 8, 8, 128), residual=True),
-)

@@ -183,29 +183,3 @@ CASES: tuple[Case, ...] = (
     Case(name="large", text_lens=(64, 256), image_grid=(14, 14), channels=None, width=1024, bias=False, tier="full"),
     Case(name="huge", text_lens=(64, 20), image_grid=(14, 14), channels=None, width=1280, padded=260, tier="full"),
 )
-
-# What `make bench` times. Text lengths that a training run would draw at random are drawn once and written down:
-# uniform in 32 … 256, the demo's in 4 … 32.
-_TEXT_LENS = (197, 63, 241, 118, 32, 256, 150, 89)
-_DEMO_TEXT_LENS = (
-    *(9, 21, 30, 4, 17, 26, 12, 19, 7, 31, 15, 23, 28, 5, 11, 20, 32, 8),
-    *(14, 25, 18, 6, 29, 22, 10, 27, 13, 16, 24, 31, 9, 20, 32, 30, 27, 32),
-)
-
-BENCHMARKS: tuple[Case, ...] = (
-    Case(name="base_b8", text_lens=_TEXT_LENS, image_grid=(14, 14), channels=1024, width=768, tail=0),
-    Case(
-        name="base_padded_b8", text_lens=_TEXT_LENS, image_grid=(14, 14), channels=1024, width=768, padded=452, tail=0
-    ),
-    Case(name="large_b8", text_lens=_TEXT_LENS, image_grid=(14, 14), channels=None, bias=False, width=1024, tail=0),
-    Case(
-        name="demo_b36",
-        text_lens=_DEMO_TEXT_LENS,
-        image_grid=(8, 8),
-        has_image=(True,) * 32 + (False,) * 4,
-        channels=None,
-        bias=False,
-        width=128,
-        tail=0,
-    ),
-)
