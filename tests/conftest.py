@@ -3,27 +3,13 @@
 from __future__ import annotations
 
 import collections
-import ctypes
 import os
 
-
-def _has_gpu() -> bool:
-    """Asked of the driver, not of torch, which may import triton."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    count = ctypes.c_int(0)
-    found = driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0
-    return found and count.value > 0
-
+from nvidia_driver import has_gpu
 
 # Before anything imports triton: without a GPU its kernels run in the interpreter, on CPU tensors.
-if _has_gpu():
-    # torch made deterministic wants this of cuBLAS.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-else:
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("TRITON_INTERPRET", "0" if has_gpu() else "1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which torch made deterministic refuses cuBLAS
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Test tensors are tiny: with more threads than one, two test processes would wait for each other at barriers.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -1,4 +1,4 @@
-"""What only an NVIDIA GPU can show: graphs, synchronisation, offsets past 2^31, inductor, compilations, memory, bfloat16.
+"""What only an NVIDIA GPU can show: graphs, synchronisation, large offsets, inductor, compilations, memory, bfloat16.
 
 Needs torch, Triton, numpy and pytest alone.
 """
@@ -148,7 +148,7 @@ def test_offsets_past_2_31_elements():
     """Two sequences at the end of storage of more than 2^31 elements, and the same two at its front."""
     heads, head_dim, lens = 16, 128, (230, 60)
     total = sum(lens)
-    skipped = 2**31 // (heads * head_dim) + 64  # rows before them, of one long sequence without a query or key
+    skipped = 2**31 // (heads * head_dim) + 64  # rows before them, which nobody owns
     if torch.cuda.mem_get_info()[0] < 45 * 2**30:
         pytest.skip("needs 45 GiB of GPU memory")
     inputs, step = attention_step(layout_of(False, lens), (total,), heads, head_dim)
@@ -166,6 +166,7 @@ def test_offsets_past_2_31_elements():
         max_k_len=front.max_k_len,
         q_rows=skipped + total,
         k_rows=skipped + total,
+        at_origin=True,
     )
     with plain_empty():
         far = []
