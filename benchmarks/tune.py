@@ -145,7 +145,7 @@ def resources(
     """Why a kernel cannot be launched with the options in `rows`, or None. Runs in a process of its own."""
     torch.set_num_threads(1)
     tensors = Tensors.of(case, dtype, "cpu", lambda *shape, device: torch.empty(shape, dtype=torch.float32))
-    with mock.patch.object(triton_gpu_launch, "measured", lambda: rows):
+    with mock.patch.object(triton_gpu_launch, "measured", return_value=rows):
         launches = gpu_compile.recorded(target, lambda: tensors.run(kernel, *tensors.forward()))
     for launch in launches.values():
         if launch.kernel.__name__ in FUNCTIONS[kernel]:
@@ -221,7 +221,7 @@ class Tuner:
         return [options for options in tried if id(options) not in wrong]
 
     def _is_right(self, options: Options, key: triton_gpu_launch.Key) -> bool:
-        with mock.patch.object(triton_gpu_launch, "measured", lambda: self.rows | {key: options}):
+        with mock.patch.object(triton_gpu_launch, "measured", return_value=self.rows | {key: options}):
             try:
                 missed = parity.violations(spec, budget_case(key[2], self.dry), "torch", "triton", key[1])
             except Exception as error:  # out of resources at launch
@@ -242,7 +242,7 @@ class Tuner:
         logs: dict[int, list[float]] = {place: [] for place in range(len(tried))}
         for case in classes:
             tensors, rows = Tensors.of(case, dtype, self.device), dict(self.rows)
-            with mock.patch.object(triton_gpu_launch, "measured", lambda rows=rows: rows):
+            with mock.patch.object(triton_gpu_launch, "measured", return_value=rows):
                 rows[key] = tried[0]
                 out, lse = tensors.forward()
 

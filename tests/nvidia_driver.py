@@ -1,4 +1,4 @@
-"""Is there an NVIDIA GPU? Asked of its driver: torch would import triton, which must be told of its interpreter first."""
+"""Is there an NVIDIA GPU? Asked of its driver: torch may import triton, which must know by then."""
 
 from __future__ import annotations
 
