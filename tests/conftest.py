@@ -5,8 +5,11 @@ from __future__ import annotations
 import collections
 import os
 
+from nvidia_driver import has_gpu
+
 # Before anything imports triton: without a GPU its kernels run in the interpreter, on CPU tensors.
-os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("TRITON_INTERPRET", "0" if has_gpu() else "1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which torch made deterministic refuses cuBLAS
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Test tensors are tiny: with more threads than one, two test processes would wait for each other at barriers.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
