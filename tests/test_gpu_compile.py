@@ -16,6 +16,7 @@ from benchmarks import gpu_compile, sass
 ROOT = pathlib.Path(__file__).parent.parent
 PRODUCTS = {
     "forward_kernel",
+    "split_kernel",
     "dq_kernel",
     "dk_dv_kernel",
     "table_pairs_kernel",
@@ -47,7 +48,7 @@ def test_attention_on_hopper(options, tmp_path):
     kernels = _sound(tmp_path, "--ops=prefix_attention", *options.split())
     assert {kernel["table"] for kernel in kernels} == {False, True}
     assert {kernel["kernel"] for kernel in kernels} >= {"expand_kernel", "table_sum_kernel", "delta_kernel"}
-    for shape in {kernel["shape"] for kernel in kernels}:
+    for shape in {kernel["shape"] for kernel in kernels if kernel["kernel"] == "expand_kernel"}:
         for name, pairs in IMAGE_LOOPS.items():
             plain, table = (
                 [loop["total"] for loop in kernel["loops_instructions"] if loop["matrix"]]
@@ -55,8 +56,8 @@ def test_attention_on_hopper(options, tmp_path):
                 if (kernel["shape"], kernel["kernel"]) == (shape, name)
             )
             assert (len(plain), len(table)) == (2, 4)
-            for with_table, without in pairs:  # gathered per element, the table doubled a loop
-                assert table[with_table] <= 1.3 * plain[without], (shape, name, table, plain)
+            for with_table, without in pairs:  # gathered per element, the table doubles a loop
+                assert table[with_table] <= 1.15 * plain[without], (shape, name, table, plain)
 
 
 def test_stem_on_hopper(tmp_path):

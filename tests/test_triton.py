@@ -167,9 +167,9 @@ def test_both_forms_of_the_table_give_the_same_bits(dtype, monkeypatch):
     choose = triton_gpu._table
 
     def spied(*args, **kwargs):
-        table, form = choose(*args, **kwargs)
+        table, form, options = choose(*args, **kwargs)
         forms.append(form)
-        return table, form
+        return table, form, options
 
     monkeypatch.setattr(triton_gpu, "_table", spied)
     found = []

@@ -70,7 +70,7 @@ def test_the_shipped_rows_are_legal():
 def test_a_row_goes_before_the_rule(monkeypatch):
     found = {"BLOCK_T": 128, "BLOCK_S": 32, "num_warps": 8, "num_stages": 3}
     monkeypatch.setattr(triton_gpu_launch, "measured", lambda: {(0, "bfloat16", 64, "dq"): found})
-    asked = (64, torch.bfloat16, torch.device("cpu"))
+    asked = (64, torch.bfloat16, torch.device("cpu"), False)
     assert triton_gpu_launch.options("dq", *asked) == found | {"WARPS": 8}
     rule = triton_gpu_launch.rule("forward", 64, torch.bfloat16)
     assert triton_gpu_launch.options("forward", *asked) == rule | {"WARPS": rule["num_warps"]}

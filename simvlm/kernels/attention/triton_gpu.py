@@ -11,6 +11,7 @@ not depend on its batch. With TRITON_INTERPRET=1 the kernels run on CPU tensors,
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -61,13 +62,12 @@ def forward(
     q, scale = _scaled(q, scale)
     inverse = 1 / scale
     constants = _constants(q, layout, rel_bias)
-    blocks = triton_gpu_launch.options("forward", head_dim, q.dtype, q.device)
-    tiles, rows = _tiles(layout.max_q_len, q, layout, blocks["BLOCK_T"])
     chunks, _ = _tiles(layout.max_k_len, k, layout, kernels.CHUNK.value)
     programs = heads * layout.batch
     inputs = (*(_rows(_aligned(x), layout) for x in (q, k, v)),)
     with torch.cuda.device_of(q):
-        table, form = _table(rel_bias, q, layout, inverse, blocks)
+        table, form, blocks = _table("forward", rel_bias, q, layout, inverse)
+        tiles, rows = _tiles(layout.max_q_len, q, layout, blocks["BLOCK_T"])
         kernels.forward_kernel[(tiles * programs,)](
             *inputs, _rows(out, layout), lse, table, layout.bounds, layout.batch, heads, tiles, rows, scale, inverse,
             SPLIT=chunks > 1, FORM=form, **constants, **blocks,
@@ -140,39 +140,35 @@ def _launch_backward(
     """Fills those of dq, dk, dv (the two together) and dtable that are there."""
     heads, head_dim = q.shape[-2:]
     constants = _constants(q, layout, rel_bias)
-    options = {
-        kernel: triton_gpu_launch.options(kernel, head_dim, q.dtype, q.device) for kernel in triton_gpu_launch.KERNELS
-    }
     total = lse.numel() // heads
     dq_scale = scale
     q, scale = _scaled(q, scale)
     inverse = 1 / scale
     lse2, delta = (torch.empty(heads, total, dtype=torch.float32, device=q.device) for _ in range(2))
     inputs = *(_rows(_aligned(x), layout) for x in (q, k, v, dout)), lse2, delta
-    blocks = options["dq"]
+    table, form, blocks = _table("dq", rel_bias, q, layout, inverse)
     tiles, rows = _tiles(layout.max_q_len, q, layout, blocks["BLOCK_T"])
     programs = heads * layout.batch
     kernels.delta_kernel[(tiles * programs,)](
         inputs[3], _rows(out, layout), lse.contiguous(), dlse.contiguous(), lse2, delta, layout.bounds, layout.batch,
         heads, tiles, total, PADDED=layout.is_padded, WIDTHS=constants["WIDTHS"], BLOCK_T=blocks["BLOCK_T"],
     )  # fmt: skip
-    table, form = _table(rel_bias, q, layout, inverse, blocks)
     if dq is not None:
         kernels.dq_kernel[(tiles * programs,)](
             *inputs, _rows(dq, layout), table, layout.bounds, layout.batch, heads, tiles, rows, total, scale, inverse,
             dq_scale, FORM=form, **constants, **blocks,
         )  # fmt: skip
     if dtable is not None and layout.image_grid is not None:
-        if _sides(options["pairs"]) != _sides(blocks) or _rows_at_once(heads, layout.image_grid) < layout.image_grid[0]:
-            table, form = _float_table(rel_bias), "gathered"  # other tiles than those of the expanded table
-        _launch_table_gradient(
-            inputs, dtable, table, form, layout, heads, total, scale, inverse, constants, options["pairs"]
-        )
+        sides, blocks = _sides(blocks), triton_gpu_launch.options("pairs", head_dim, q.dtype, q.device, gathers=False)
+        whole = _rows_at_once(heads, layout.image_grid) == layout.image_grid[0]
+        if form == "gathered" or sides != _sides(blocks) or not whole:  # other tiles than the expanded table's
+            table, form = _float_table(rel_bias), "gathered"
+            blocks = triton_gpu_launch.options("pairs", head_dim, q.dtype, q.device, gathers=True)
+        _launch_table_gradient(inputs, dtable, table, form, layout, heads, total, scale, inverse, constants, blocks)
     del table
     if dk is not None and dv is not None:
-        blocks = options["dk_dv"]
+        table, form, blocks = _table("dk_dv", rel_bias, q, layout, inverse)
         tiles, rows = _tiles(layout.max_k_len, k, layout, blocks["BLOCK_S"])
-        table, form = _table(rel_bias, q, layout, inverse, blocks, transposed=True)
         kernels.dk_dv_kernel[(tiles * programs,)](
             *inputs, _rows(dk, layout), _rows(dv, layout), table, layout.bounds, layout.batch, heads, tiles, rows,
             total, scale, inverse, FORM=form, **constants, **blocks,
@@ -246,31 +242,32 @@ def _scaled(q: Tensor, scale: float) -> tuple[Tensor, float]:
 
 
 def _table(
-    rel_bias: Tensor | None,
-    q: Tensor,
-    layout: PrefixLayout,
-    inverse: float,
-    blocks: dict[str, int],
-    transposed: bool = False,
-) -> tuple[Tensor | None, str]:
-    """(what the kernels take for the table, its form "none", "gathered" or "expanded"); see triton_gpu_table.py."""
+    kernel: str, rel_bias: Tensor | None, q: Tensor, layout: PrefixLayout, inverse: float
+) -> tuple[Tensor | None, str, dict[str, int]]:
+    """(what the kernel takes for the table, its form "none", "gathered" or "expanded", the launch's options).
+
+    See triton_gpu_table.py for the forms.
+    """
     from simvlm.kernels.attention.triton_gpu_table import expand_kernel
 
+    options = functools.partial(triton_gpu_launch.options, kernel, q.shape[-1], q.dtype, q.device)
+    blocks = options(gathers=False)
     if rel_bias is None or layout.image_grid is None:
-        return None, "none"
+        return None, "none", blocks
     table = _float_table(rel_bias)
+    transposed = kernel == "dk_dv"
     sides = (blocks["BLOCK_S"], blocks["BLOCK_T"]) if transposed else (blocks["BLOCK_T"], blocks["BLOCK_S"])
     patches, heads = layout.image_grid[0] * layout.image_grid[1], rel_bias.shape[0]
     row_tiles, col_tiles = (-(-patches // side) for side in sides)
     numbers = row_tiles * col_tiles * sides[0] * sides[1]
     if not layout.at_origin or 4 * heads * numbers > _SCRATCH_BYTES:
-        return table, "gathered"
+        return table, "gathered", options(gathers=True)
     expanded = torch.empty(heads, numbers, dtype=torch.float32, device=q.device)
     expand_kernel[(row_tiles * col_tiles, heads)](
         table, expanded, inverse, GRID=layout.image_grid, TRANSPOSED=transposed,
         BLOCK_ROW=sides[0], BLOCK_COL=sides[1], WARPS=blocks["WARPS"],
     )  # fmt: skip
-    return expanded, "expanded"
+    return expanded, "expanded", blocks
 
 
 def _rows(x: Tensor, layout: PrefixLayout) -> tuple[Tensor, int, int, int]:

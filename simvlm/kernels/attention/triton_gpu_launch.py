@@ -34,11 +34,17 @@ def measured() -> dict[Key, dict[str, int]]:
     }
 
 
-def options(kernel: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """What a launch of one of `KERNELS` takes: `OPTIONS`, and WARPS, the warps as the kernel knows them."""
+def options(kernel: str, head_dim: int, dtype: torch.dtype, device: torch.device, gathers: bool) -> dict[str, Any]:
+    """What a launch of one of `KERNELS` takes: `OPTIONS`, and WARPS, the warps as the kernel knows them.
+
+    Args:
+        gathers: does it gather the table, instead of loading an expanded one or having none?
+    """
     capability = _capability(device.index or 0) if device.type == "cuda" else 0
     found = measured().get((capability, str(dtype).removeprefix("torch."), head_dim, kernel))
     found = found or rule(kernel, head_dim, dtype)
+    if gathers and dtype != torch.float32:
+        found = found | _gathering(kernel, head_dim)
     return found | {"WARPS": found["num_warps"]}
 
 
@@ -51,9 +57,20 @@ def rule(kernel: str, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     if kernel == "dk_dv" and head_dim > 80:
         # Eight warps issue as many instructions each as four: they are for where registers run out even so.
         found |= {"BLOCK_T": 32, "num_warps": 8 if head_dim > 96 else 4}
-    if kernel == "pairs" and head_dim > 80:
+    if kernel != "dk_dv" and head_dim > 96:
+        found |= {"BLOCK_S": 32}
+    if kernel == "pairs" and 80 < head_dim <= 96:
         found |= {"num_stages": 1}  # two would take more shared memory than a block has outside data centres
     return found
+
+
+def _gathering(kernel: str, head_dim: int) -> dict[str, int]:
+    """What spares the registers that addresses take. Never other sides, nor warps forward: the bits would differ."""
+    if kernel == "dk_dv" and 64 < head_dim <= 80:
+        return {"num_warps": 8}
+    if kernel == "pairs" or (kernel == "dq" and head_dim > 96):
+        return {"num_stages": 1}
+    return {}
 
 
 @functools.cache
