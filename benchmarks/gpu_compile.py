@@ -36,12 +36,15 @@ import torch
 
 from benchmarks import sass
 from simvlm.kernels import PrefixLayout
-from simvlm.kernels.attention import triton_gpu
+from simvlm.kernels.attention import triton_gpu, triton_gpu_launch
 from simvlm.kernels.stem import triton_gpu as stem_gpu
 from simvlm.kernels.stem.places import places
 
-SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
-"""Shared memory that one block may have on A100, H100 and B200 (CUDA C++ Programming Guide, compute capabilities)."""
+SHARED_BYTES = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
+"""Shared memory that one block may have on H100 and B200 (CUDA C++ Programming Guide, compute capabilities), and for
+sm_80 what 8.6, 8.9 and 12.0 allow, which take the same choices; A100 has 163 KB."""
+GATHERING_MAY_SPILL = {"sm_80": 32}
+"""Bytes: a few registers of kernels that gather the table, and cannot take other tiles than those that load it."""
 TENSOR_MEMORY_COLUMNS = 512
 MATRIX = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma_sync": "mma.sync"}
 DTYPES = ("bfloat16", "float16", "float32")
@@ -203,6 +206,7 @@ def recorded(target: str, launch: Callable[[], None]) -> dict[str, Launch]:
     with (
         mock.patch.object(JITFunction, "run", record),
         mock.patch.object(torch.cuda, "get_device_capability", return_value=divmod(_capability(target), 10)),
+        mock.patch.object(triton_gpu_launch, "capability", return_value=_capability(target)),
     ):
         launch()
     return found
@@ -274,7 +278,8 @@ def failures(row: dict[str, Any]) -> list[str]:
     found = []
     if row["again"]:
         found.append("is compiled again when a batch's lengths change")
-    if row["spilled_bytes"] and row["dtype"] in ("bfloat16", "float16"):
+    allowed = GATHERING_MAY_SPILL.get(row["target"], 0) if "offsets" in row["shape"] else 0
+    if row["spilled_bytes"] > allowed and row["dtype"] in ("bfloat16", "float16"):
         found.append(f"spills {row['spilled_bytes']} bytes")
     if row["shared_bytes"] > SHARED_BYTES[row["target"]]:
         found.append(f"takes {row['shared_bytes']} bytes of shared memory, a block has {SHARED_BYTES[row['target']]}")

@@ -89,11 +89,11 @@ def budget_case(head_dim: int, dry: bool) -> spec.Case:
     return spec.Case(name="budget", image_grid=(14, 14), has_image=(True, False), head_dim=head_dim, **lens)  # type: ignore[arg-type]
 
 
-def candidates(kernel: str, head_dim: int, dtype: torch.dtype) -> list[Options]:
+def candidates(kernel: str, head_dim: int, dtype: torch.dtype, capability: int) -> list[Options]:
     """The rule first."""
     # Float32 products are three each, with operands twice as wide.
     sides = (16, 32, 64) if dtype == torch.float32 else (32, 64, 128)
-    found = [triton_gpu_launch.rule(kernel, head_dim, dtype)]
+    found = [triton_gpu_launch.rule(kernel, head_dim, dtype, capability)]
     for numbers in itertools.product(sides, sides, (4, 8), (1, 2, 3, 4)):
         options = dict(zip(triton_gpu_launch.OPTIONS, numbers, strict=True))
         # The scores of 128 × 128 alone would take half of the registers of four warps.
@@ -186,7 +186,7 @@ class Tuner:
         name = str(dtype).removeprefix("torch.")
         classes = [case for case in cases(head_dim, self.dry) if kernel != "pairs" or case.has_table]
         key = (self.capability, name, head_dim, kernel)
-        tried = candidates(kernel, head_dim, dtype)[: 2 if self.dry else None]
+        tried = candidates(kernel, head_dim, dtype, self.capability)[: 2 if self.dry else None]
         tried = self._compiled(tried, classes[:1], key, dtype)
         tried = [options for place, options in enumerate(tried) if self._is_right(options, key) or place == 0]
         scores = self._scores(tried, classes[:1], key, dtype, rounds=1 if self.dry else 7)
@@ -210,7 +210,13 @@ class Tuner:
         with _outside_interpreter(), _pool(1 if self.dry else os.cpu_count() or 1) as pool:
             waiting = [
                 pool.submit(
-                    resources, target, case, dtype, key[3], _for_cpu(self.rows | {key: options}), self.shared_bytes
+                    resources,
+                    target,
+                    case,
+                    dtype,
+                    key[3],
+                    _for_target(self.rows | {key: options}, target),
+                    self.shared_bytes,
                 )
                 for options, case in jobs
             ]
@@ -282,9 +288,10 @@ def device_time(call: Any) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-def _for_cpu(rows: Rows) -> Rows:
-    """The rows as a launcher finds them that is given CPU tensors to record, of capability 0."""
-    return rows | {(0, *key[1:]): options for key, options in rows.items()}
+def _for_target(rows: Rows, target: str) -> Rows:
+    """The rows as `gpu_compile.recorded` finds them: a dry run's, of capability 0, are compiled for some GPU."""
+    capability = int(target.removeprefix("sm_"))
+    return rows | {(capability, *key[1:]): options for key, options in rows.items() if key[0] == 0}
 
 
 @contextlib.contextmanager

@@ -71,7 +71,6 @@ def _sound(folder: pathlib.Path, *options: str) -> list[dict]:
     for kernel in found["kernels"]:
         assert (kernel["wgmma"] > 0) == (kernel["kernel"] in PRODUCTS), kernel
         assert kernel["loops_instructions"] or kernel["kernel"] not in PRODUCTS, kernel
-        assert kernel["shared_bytes"] <= 99 * 1024, kernel  # what a block may have on every GPU that is not refused
     return found["kernels"]
 
 
@@ -94,17 +93,24 @@ def test_one_fault_at_a_time():
     sound = {
         "target": "sm_80",
         "dtype": "float16",
+        "shape": "H=64",
         "again": False,
         "spilled_bytes": 0,
-        "shared_bytes": 163 * 1024,
+        "shared_bytes": 99 * 1024,
         "tensor_memory_columns": 512,
         "products_off_tensor_cores": 0,
     }
     assert gpu_compile.failures(sound) == []
     assert gpu_compile.failures(sound | {"dtype": "float32", "spilled_bytes": 8}) == []
-    for change in ({"spilled_bytes": 8}, {"shared_bytes": 163 * 1024 + 1}, {"tensor_memory_columns": 513}):
+    assert gpu_compile.failures(sound | {"shape": "H=64 offsets", "spilled_bytes": 32}) == []
+    for change in (
+        {"spilled_bytes": 8},
+        {"shape": "H=64 offsets", "spilled_bytes": 40},
+        {"shared_bytes": 99 * 1024 + 1},
+        {"tensor_memory_columns": 513},
+    ):
         assert len(gpu_compile.failures(sound | change)) == 1
-    assert gpu_compile.failures(sound | {"target": "sm_90", "shared_bytes": 163 * 1024 + 1}) == []
+    assert gpu_compile.failures(sound | {"target": "sm_90", "shared_bytes": 99 * 1024 + 1}) == []
 
 
 def _loop(total: int) -> dict[str, int]:

@@ -28,7 +28,7 @@ def _run(*options: str) -> subprocess.CompletedProcess[str]:
 def test_a_dry_run_goes_all_the_way(tmp_path):
     """Compiled, checked, timed, written beside another GPU's row."""
     path = tmp_path / "launch.json"
-    other = ROW | triton_gpu_launch.rule("dq", 64, torch.bfloat16) | {"gain": 0.1, "device": "x", "triton": "3.7.1"}
+    other = ROW | triton_gpu_launch.rule("dq", 64, torch.bfloat16, 90) | {"gain": 0.1, "device": "x", "triton": "3.7.1"}
     path.write_text(tune.written([other]))
     done = _run("--dry-run", f"--out={path}", "--dtypes=float16", "--head-dims=16", "--kernels=forward,pairs")
     assert done.returncode == 0, done.stderr
@@ -70,10 +70,10 @@ def test_the_shipped_rows_are_legal():
 def test_a_row_goes_before_the_rule(monkeypatch):
     found = {"BLOCK_T": 128, "BLOCK_S": 32, "num_warps": 8, "num_stages": 3}
     monkeypatch.setattr(triton_gpu_launch, "measured", lambda: {(0, "bfloat16", 64, "dq"): found})
-    asked = (64, torch.bfloat16, torch.device("cpu"), False)
-    assert triton_gpu_launch.options("dq", *asked) == found | {"WARPS": 8}
-    rule = triton_gpu_launch.rule("forward", 64, torch.bfloat16)
-    assert triton_gpu_launch.options("forward", *asked) == rule | {"WARPS": rule["num_warps"]}
+    asked = (64, torch.bfloat16, torch.device("cpu"))
+    assert triton_gpu_launch.options("dq", *asked, gathers=False) == found | {"WARPS": 8}
+    rule = triton_gpu_launch.rule("forward", 64, torch.bfloat16, 0)
+    assert triton_gpu_launch.options("forward", *asked, gathers=False) == rule | {"WARPS": rule["num_warps"]}
 
 
 def test_a_row_takes_its_own_place_alone():
@@ -85,6 +85,6 @@ def test_a_row_takes_its_own_place_alone():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_rule_is_the_first_candidate(dtype):
     for kernel in triton_gpu_launch.KERNELS:
-        found = tune.candidates(kernel, 80, dtype)
-        assert found[0] == triton_gpu_launch.rule(kernel, 80, dtype)
+        found = tune.candidates(kernel, 80, dtype, 90)
+        assert found[0] == triton_gpu_launch.rule(kernel, 80, dtype, 90)
         assert len({tuple(options.values()) for options in found}) == len(found) > 60

@@ -34,46 +34,62 @@ def measured() -> dict[Key, dict[str, int]]:
     }
 
 
-def options(kernel: str, head_dim: int, dtype: torch.dtype, device: torch.device, gathers: bool) -> dict[str, Any]:
+def options(kernel: str, head_dim: int, dtype: torch.dtype, device: torch.device, *, gathers: bool) -> dict[str, Any]:
     """What a launch of one of `KERNELS` takes: `OPTIONS`, and WARPS, the warps as the kernel knows them.
 
     Args:
         gathers: does it gather the table, instead of loading an expanded one or having none?
     """
-    capability = _capability(device.index or 0) if device.type == "cuda" else 0
-    found = measured().get((capability, str(dtype).removeprefix("torch."), head_dim, kernel))
-    found = found or rule(kernel, head_dim, dtype)
+    on = capability(device)
+    found = measured().get((on, str(dtype).removeprefix("torch."), head_dim, kernel))
+    found = found or rule(kernel, head_dim, dtype, on)
     if gathers and dtype != torch.float32:
-        found = found | _gathering(kernel, head_dim)
+        found = found | _gathering(kernel, head_dim, on)
     return found | {"WARPS": found["num_warps"]}
 
 
-def rule(kernel: str, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
-    """`OPTIONS` of a kernel that nobody has measured."""
+def capability(device: torch.device) -> int:
+    """90 for compute capability 9.0; 0 for a CPU, where the interpreter takes what Hopper does."""
+    return _capability(device.index) if device.type == "cuda" else 0
+
+
+def rule(kernel: str, head_dim: int, dtype: torch.dtype, on: int) -> dict[str, int]:
+    """`OPTIONS` of a kernel that nobody has measured on compute capability `on`."""
     if dtype == torch.float32:  # each product is three; larger tiles of them spill
         sides = {"BLOCK_T": 16 if kernel == "pairs" else 32, "BLOCK_S": 32}
         return sides | {"num_warps": 4 if kernel == "pairs" else 8, "num_stages": 1 if head_dim > 64 else 2}
     found = {"BLOCK_T": 64, "BLOCK_S": 64, "num_warps": 4, "num_stages": 2}
-    if kernel == "dk_dv" and head_dim > 80:
-        # Eight warps issue as many instructions each as four: they are for where registers run out even so.
-        found |= {"BLOCK_T": 32, "num_warps": 8 if head_dim > 96 else 4}
-    if kernel != "dk_dv" and head_dim > 96:
-        found |= {"BLOCK_S": 32}
-    if kernel == "pairs" and 80 < head_dim <= 96:
-        found |= {"num_stages": 1}  # two would take more shared memory than a block has outside data centres
+    narrow = not _multiplies_from_shared_memory(on)
+    if kernel == "dk_dv":
+        if narrow or head_dim > 80:
+            found |= {"BLOCK_T": 32}
+    elif narrow or head_dim > 96:
+        found |= {"BLOCK_S": 32}  # pairs as dq, or the table that was expanded for dq would not be the one for pairs
+    # Eight warps issue as many instructions each as four: they are for where registers run out even so.
+    if head_dim > 96 and (kernel == "dk_dv" or (kernel == "forward" and narrow)):
+        found |= {"num_warps": 8}
     return found
 
 
-def _gathering(kernel: str, head_dim: int) -> dict[str, int]:
+def _gathering(kernel: str, head_dim: int, on: int) -> dict[str, int]:
     """What spares the registers that addresses take. Never other sides, nor warps forward: the bits would differ."""
-    if kernel == "dk_dv" and 64 < head_dim <= 80:
-        return {"num_warps": 8}
-    if kernel == "pairs" or (kernel == "dq" and head_dim > 96):
+    narrow = not _multiplies_from_shared_memory(on)
+    if kernel == "dk_dv":
+        warps = {"num_warps": 8} if 64 < head_dim <= 80 else {}
+        return warps | ({"num_stages": 1} if head_dim <= 16 or (narrow and head_dim > 32) else {})
+    if kernel == "pairs":
+        return {"num_stages": 1} if narrow else {"num_warps": 8}
+    if kernel == "dq" and head_dim > (32 if narrow else 96):
         return {"num_stages": 1}
     return {}
 
 
+def _multiplies_from_shared_memory(on: int) -> bool:
+    """wgmma and tcgen05 do; mma.sync, of all other GPUs, takes its operands from registers."""
+    return on // 10 in (0, 9, 10, 11)
+
+
 @functools.cache
-def _capability(index: int) -> int:
+def _capability(index: int | None) -> int:
     major, minor = torch.cuda.get_device_capability(index)
     return 10 * major + minor
