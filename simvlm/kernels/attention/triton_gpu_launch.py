@@ -79,7 +79,7 @@ def _gathering(kernel: str, head_dim: int, on: int) -> dict[str, int]:
         return warps | ({"num_stages": 1} if head_dim <= 16 or (narrow and head_dim > 32) else {})
     if kernel == "pairs":
         return {"num_stages": 1} if narrow else {"num_warps": 8}
-    if kernel == "dq" and head_dim > (32 if narrow else 96):
+    if kernel == "dq" and (head_dim > 32 if narrow else head_dim > 96 and on < 100):
         return {"num_stages": 1}
     return {}
 
