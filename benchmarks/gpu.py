@@ -19,7 +19,6 @@ import argparse
 import dataclasses
 import functools
 import importlib
-import multiprocessing
 import os
 import sys
 import time
@@ -32,7 +31,7 @@ import torch
 
 from benchmarks import attention_cases, gpu_checks, gpu_summary, machine, render, stem_cases
 from benchmarks.contest import Stopwatch
-from benchmarks.gpu_run import PROCESSES, NeedsError, Run
+from benchmarks.gpu_run import PROCESSES, NeedsError, Run, in_processes
 from benchmarks.record import Settings, one_line
 from simvlm.kernels import triton_device
 
@@ -107,18 +106,16 @@ def compile_ahead(run: Run) -> None:
             jobs += [(op, *contest, run.device) for contest in contests(run.dry, op)]
     if run.dry:
         jobs = [job for job in jobs if job[0] == "batch_norm_act"][:1]
-    with multiprocessing.get_context("spawn").Pool(1 if run.dry else PROCESSES) as pool:  # whose end ends its processes
-        try:
-            found = pool.starmap_async(compiled, jobs, chunksize=1).get(COMPILE_S)
-        except multiprocessing.TimeoutError:
-            found = [f"not done after {COMPILE_S} s"]
-    run.report["compile"] = {"contests": len(jobs), "failed": [line for line in found if line]}
+    found, missing = in_processes(compiled, jobs, 1 if run.dry else PROCESSES, COMPILE_S)
+    failed = [line for line in found if line]
+    run.report["compile"] = {"contests": len(jobs), "not_done": missing, "failed": failed}
 
 
-def compiled(op: str, case: str, dtype: str, direction: str, device: str) -> str | None:
-    """Compiles the rivals of one contest; returns why that failed, or None."""
+def compiled(job: tuple[str, str, str, str, str]) -> str | None:
+    """Compiles the rivals of one contest (op, case, dtype, direction, device); returns why that failed, or None."""
     import torch._inductor.config as inductor
 
+    op, case, dtype, direction, device = job
     torch.set_num_threads(1)
     inductor.compile_threads = 1  # else each of these processes starts a pool of its own
     torch.compiler.reset()
@@ -150,7 +147,7 @@ def time_contests(run: Run, op: str, pretraining: bool | None = None) -> None:
     failed_before, skipped_before = len(told["failed"]), len(told["skipped"])
     for case, dtype, direction in chosen:
         name = f"{case} {dtype} {direction}"
-        if run.left_s < 0:
+        if run.left_s < 0 or run.lost:
             told["skipped"].append(name)
             continue
         measured, started = Measured(), time.monotonic()
@@ -163,8 +160,7 @@ def time_contests(run: Run, op: str, pretraining: bool | None = None) -> None:
                 raise
             told["failed"].append(f"{name}: {one_line(Exception(str(error)))}")
         finally:
-            if run.device == "cuda":
-                torch.cuda.empty_cache()
+            run.free()
         if measured.extra_info:
             pages.append({"extra_info": measured.extra_info})
             told["timed"] = len(pages)
@@ -174,8 +170,10 @@ def time_contests(run: Run, op: str, pretraining: bool | None = None) -> None:
     if pages:
         render.draw(run.report["head"] | {"benchmarks": pages}, run.out, op)
     failed, skipped = told["failed"][failed_before:], told["skipped"][skipped_before:]
-    if failed or skipped:
-        raise RuntimeError(f"{len(failed)} contests failed, no time for {len(skipped)}: {[*failed, *skipped][0]}")
+    if failed:
+        raise RuntimeError(f"{len(failed)} contests failed, one of them: {failed[0]}")
+    if skipped:
+        raise NeedsError(f"more time, for {len(skipped)} contests: {', '.join(skipped)}")
 
 
 STAGES: dict[str, Callable[[Run], None]] = {
@@ -194,21 +192,26 @@ STAGES: dict[str, Callable[[Run], None]] = {
 }
 
 
+ALONE = ("parity", "tests", "cold start", "compile")
+"""Stages that work in processes of their own."""
+
+
 def run_stage(run: Run, name: str) -> None:
     """Runs it, and writes what became of it."""
     started = time.monotonic()
     failed = left_out = None
     try:
+        if run.lost and name not in ALONE:
+            raise RuntimeError("a fault in an earlier stage has made the GPU useless to this process")
         STAGES[name](run)
     except NeedsError as error:
         left_out = f"left out: needs {error}"
     except Exception as error:  # one stage's failure must not cost the others
         failed = one_line(error)
-    if run.device == "cuda":
-        torch.cuda.empty_cache()
     stage = {"stage": name, "seconds": time.monotonic() - started, "failed": failed, "left_out": left_out}
     run.report["stages"].append(stage)
     run.save()
+    run.free()
     (run.out / "README.md").write_text(gpu_summary.page(run))
     print(f"{name}: {gpu_summary.verdict(stage)} ({stage['seconds']:.0f} s)", flush=True)
 

@@ -66,6 +66,8 @@ def findings(report: dict[str, Any]) -> Iterable[str]:
     if "parity" in report:
         parity = report["parity"]
         yield f"* parity: {parity['cases']} cases in {', '.join(parity['dtypes'])}, {len(parity['red'])} misses"
+        if parity["not_judged"]:
+            yield f"    * no time for {parity['not_judged']} cases"
         yield from (f"    * {line}" for line in parity["red"])
     if "repeats" in report:
         repeats = report["repeats"]

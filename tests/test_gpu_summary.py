@@ -151,7 +151,12 @@ def test_the_summary_tells_failures_findings_and_goals(tmp_path: Path) -> None:
         stage | {"stage": "demo_step", "left_out": "left out: needs grain"},
     ]
     run.report |= {
-        "parity": {"cases": 3, "dtypes": ["float32"], "red": ["prefix_attention smallest float32: out"]},
+        "parity": {
+            "cases": 3,
+            "not_judged": 2,
+            "dtypes": ["float32"],
+            "red": ["prefix_attention smallest float32: out"],
+        },
         "tests": {"passed": 4, "failed": ["test_graph"], "skipped": 1},
         "memory": {"heads": 12, "head_dim": 64, "peak_extra_mib": {1024: 20.0, 2048: None}, "growth": 1.05},
         "contests": {"prefix_attention": {"timed": 1, "skipped": ["gpu_long both"], "failed": []}},

@@ -60,6 +60,14 @@ def test_the_table_gradient_in_parts_of_the_batch(monkeypatch):
     assert not parity.violations(spec, case, "torch", "triton", "float32")
 
 
+def test_queries_far_past_the_image():
+    """Their rows times the row stride would pass 2^31 if they were counted from the image's tiles."""
+    case = spec.Case(
+        name="far", q_lens=(3, 14), k_lens=(20, 14), q_offsets=(2**27, 0), prefix_lens=(20, 12), image_grid=(3, 4)
+    )
+    assert not parity.violations(spec, case, "torch", "triton", "float32")
+
+
 SPLIT = spec.Case(
     name="split",
     q_lens=(1, 16, 17, 0, 3, 2),

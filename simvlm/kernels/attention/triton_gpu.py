@@ -146,13 +146,16 @@ def _launch_backward(
     inverse = 1 / scale
     lse2, delta = (torch.empty(heads, total, dtype=torch.float32, device=q.device) for _ in range(2))
     inputs = *(_rows(_aligned(x), layout) for x in (q, k, v, dout)), lse2, delta
-    table, form, blocks = _table("dq", rel_bias, q, layout, inverse)
+    blocks = triton_gpu_launch.options("dq", head_dim, q.dtype, q.device, gathers=False)
     tiles, rows = _tiles(layout.max_q_len, q, layout, blocks["BLOCK_T"])
     programs = heads * layout.batch
     kernels.delta_kernel[(tiles * programs,)](
         inputs[3], _rows(out, layout), lse.contiguous(), dlse.contiguous(), lse2, delta, layout.bounds, layout.batch,
         heads, tiles, total, PADDED=layout.is_padded, WIDTHS=constants["WIDTHS"], BLOCK_T=blocks["BLOCK_T"],
     )  # fmt: skip
+    table, form = None, "none"
+    if dq is not None or dtable is not None:
+        table, form, blocks = _table("dq", rel_bias, q, layout, inverse)
     if dq is not None:
         kernels.dq_kernel[(tiles * programs,)](
             *inputs, _rows(dq, layout), table, layout.bounds, layout.batch, heads, tiles, rows, total, scale, inverse,

@@ -21,7 +21,6 @@ from simvlm.kernels.attention.triton_gpu_tiles import (
     products,
     row_numbers,
     rows_of,
-    rows_until,
     stream_rows,
 )
 
@@ -237,18 +236,20 @@ def table_pairs_kernel(
         q_start, q_len, k_start, k_len, prefix_len, q_offset, _ = bounds_of(bounds, b, batch)
         if FORM == "expanded":
             q_offset = 0
-        start = first_p - q_offset
         offs_t = position - q_offset
         mask_t = (offs_t >= 0) & (offs_t < q_len) & (position < image_len)
         limit = tl.where(mask_t, tl.minimum(tl.minimum(k_len, image_len), tl.maximum(prefix_len, position + 1)), 0)
-        rows_t = rows_until(start, q_len, True, BLOCK_T)
+        # Rows that are not there are the sequence's nearest ones, so that no row lies far from the tile's first.
+        start_t, start_s = first_p - q_offset, tl.minimum(first, k_len - 1)
+        rows_t, rows_s = tl.minimum(offs_t, q_len - 1), tl.minimum(offs_s, k_len - 1) - start_s
         if FORM != "expanded":
-            rows_t = tl.maximum(rows_t, -start)
-        rows_s = rows_until(first, k_len, True, BLOCK_S)
-        q_tile = stream_rows(rows_of(q, q_start, b, n, PADDED), start, rows_t, WIDTHS)
-        dout_tile = stream_rows(rows_of(dout, q_start, b, n, PADDED), start, rows_t, WIDTHS)
-        k_tile = stream_rows(rows_of(k, k_start, b, n, PADDED), first, rows_s, WIDTHS)
-        v_tile = stream_rows(rows_of(v, k_start, b, n, PADDED), first, rows_s, WIDTHS)
+            start_t, rows_t = tl.maximum(start_t, 0), tl.maximum(rows_t, 0)
+        start_t = tl.minimum(start_t, q_len - 1)
+        rows_t -= start_t
+        q_tile = stream_rows(rows_of(q, q_start, b, n, PADDED), start_t, rows_t, WIDTHS)
+        dout_tile = stream_rows(rows_of(dout, q_start, b, n, PADDED), start_t, rows_t, WIDTHS)
+        k_tile = stream_rows(rows_of(k, k_start, b, n, PADDED), start_s, rows_s, WIDTHS)
+        v_tile = stream_rows(rows_of(v, k_start, b, n, PADDED), start_s, rows_s, WIDTHS)
         lse2_t, delta_t = row_numbers(
             numbers_of(lse2, q_start, n, total), numbers_of(delta, q_start, n, total), offs_t, mask_t
         )
