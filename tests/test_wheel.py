@@ -82,7 +82,9 @@ def test_the_wheel_holds_the_package_and_the_module_alone(python, tmp_path):
         names = [name for name in archive.namelist() if not name.endswith("/")]
     tops = {name.split("/")[0] for name in names}
     assert {re.sub(r"-[\d.]+\.dist-info", ".dist-info", top) for top in tops} == {"simvlm", "simvlm.dist-info"}
-    sources = {str(path.relative_to(ROOT)) for ending in ("py", "pyi") for path in ROOT.glob(f"simvlm/**/*.{ending}")}
+    sources = {
+        str(path.relative_to(ROOT)) for ending in ("py", "pyi", "json") for path in ROOT.glob(f"simvlm/**/*.{ending}")
+    }
     packed = {name for name in names if name.startswith("simvlm/")}
     assert {name for name in packed if not name.endswith(".so")} == sources | {"simvlm/py.typed"}
     (module,) = packed - sources - {"simvlm/py.typed"}
