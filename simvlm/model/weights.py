@@ -1,4 +1,4 @@
-"""A model in one folder: `model.safetensors`, `config.json`, `tokenizer.model`; and the way to another image size.
+"""A torch model in its folder (folder.py), and the way to another image size.
 
 Resizing is bilinear with half-pixel centres, without antialiasing, in float32: the image positions as [Gh, Gw, D], each
 relative table as [2Gh-1, 2Gw-1]. The same size gives the same bits.
@@ -7,9 +7,7 @@ relative table as [2Gh-1, 2Gw-1]. The same size gives the same bits.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,14 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from simvlm.model import folder as folders
 from simvlm.model.config import SimVLMConfig
+from simvlm.model.folder import METADATA, TOKENIZER, WEIGHTS, stored_config
 from simvlm.model.torch_model import SimVLM
 
 if TYPE_CHECKING:
     from simvlm.data.tokenizer import Tokenizer
-
-WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.model"
-_MODEL_TYPE = "simvlm"
 
 
 def load(folder: str | Path, **options: Any) -> tuple[SimVLM, Preprocess, Tokenizer]:
@@ -43,8 +40,8 @@ def load(folder: str | Path, **options: Any) -> tuple[SimVLM, Preprocess, Tokeni
     from simvlm.data.tokenizer import Tokenizer
 
     model = from_pretrained(folder, **options)
-    tokenizer = Tokenizer(_existing(folder, TOKENIZER))
-    expected = _read_config(folder).get("tokenizer_sha256")
+    tokenizer = Tokenizer(folders.existing(folder, TOKENIZER))
+    expected = folders.read_config(folder).get("tokenizer_sha256")
     if tokenizer.vocab_size != model.config.vocab_size:
         raise ValueError(
             f"load: {TOKENIZER} in {folder} must have the model's {model.config.vocab_size} pieces, "
@@ -90,23 +87,12 @@ class Preprocess:
 
 def save_pretrained(model: SimVLM, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
     """Writes the model, and its tokenizer if given, into `folder`; each file aside first, then renamed when whole."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    config: dict[str, Any] = {"model_type": _MODEL_TYPE, **model.config.to_dict()}
-    if tokenizer is not None:
-        if tokenizer.vocab_size != model.config.vocab_size:
-            raise ValueError(
-                f"save_pretrained: tokenizer must have the model's {model.config.vocab_size} pieces, "
-                f"got {tokenizer.vocab_size}"
-            )
-        config["tokenizer_sha256"] = tokenizer.sha256
-        with _Aside(folder / TOKENIZER) as aside:
-            shutil.copyfile(tokenizer.path, aside)
-    with _Aside(folder / WEIGHTS) as aside:
+
+    def write_weights(path: Path) -> None:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        safetensors.torch.save_file(tensors, aside, metadata={"format": "pt"})
-    with _Aside(folder / CONFIG) as aside:
-        aside.write_text(json.dumps(config, indent=2) + "\n")
+        safetensors.torch.save_file(tensors, path, metadata=METADATA)
+
+    folders.write(folder, model.config, tokenizer, write_weights)
 
 
 def from_pretrained(folder: str | Path, *, image_size: int | None = None, **options: Any) -> SimVLM:
@@ -124,7 +110,7 @@ def from_pretrained(folder: str | Path, *, image_size: int | None = None, **opti
     """
     stored = stored_config(folder)
     config = stored if image_size is None else dataclasses.replace(stored, image_size=image_size)
-    weights = _existing(folder, WEIGHTS)
+    weights = folders.existing(folder, WEIGHTS)
     try:
         tensors = safetensors.torch.load_file(weights)
     except safetensors.SafetensorError as error:
@@ -138,35 +124,14 @@ def from_pretrained(folder: str | Path, *, image_size: int | None = None, **opti
     return model.eval()
 
 
-def stored_config(folder: str | Path) -> SimVLMConfig:
-    """The architecture of a folder's model.
-
-    Raises:
-        FileNotFoundError, ValueError: there is none, or it is broken; the fields at fault are named.
-    """
-    values = _read_config(folder)
-    values.pop("tokenizer_sha256", None)
-    if values.pop("model_type", None) != _MODEL_TYPE:
-        raise ValueError(f'from_pretrained: {CONFIG} in {folder} must say "model_type": "{_MODEL_TYPE}"')
-    return SimVLMConfig.from_dict(values)
-
-
 def load_tensors(model: SimVLM, tensors: dict[str, Tensor], source: str) -> None:
     """Copies the tensors into the model.
 
     Raises:
         ValueError: the tensors are not exactly the model's; every difference is named.
     """
-    own = model.state_dict()
-    wrong = [f"missing {name}" for name in own if name not in tensors]
-    wrong += [f"unexpected {name}" for name in tensors if name not in own]
-    wrong += [
-        f"{name} of shape {list(tensor.shape)} instead of {list(own[name].shape)}"
-        for name, tensor in tensors.items()
-        if name in own and tensor.shape != own[name].shape
-    ]
-    if wrong:
-        raise ValueError(f"from_pretrained: {source} must hold exactly the model's tensors, got {'; '.join(wrong)}")
+    own = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+    folders.check_tensors(own, {name: tuple(x.shape) for name, x in tensors.items()}, source)
     model.load_state_dict(tensors)
 
 
@@ -196,37 +161,3 @@ def _resized(name: str, tensor: Tensor, stored: SimVLMConfig, config: SimVLMConf
     if name.endswith(".rel_bias") and tensor.shape == (stored.num_heads, 2 * height - 1, 2 * breadth - 1):
         return resize_table(tensor, config.image_grid)
     return tensor
-
-
-def _read_config(folder: str | Path) -> dict[str, Any]:
-    path = _existing(folder, CONFIG)
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"from_pretrained: {path} must be JSON, got {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"from_pretrained: {path} must hold an object, got {type(values).__name__}")
-    return values
-
-
-def _existing(folder: str | Path, name: str) -> Path:
-    path = Path(folder) / name
-    if not path.is_file():
-        raise FileNotFoundError(f"from_pretrained: folder must hold {name}, got {folder} without it")
-    return path
-
-
-class _Aside:
-    """A path to write to, which takes the target's place when all went well: an old file survives a full disk."""
-
-    def __init__(self, target: Path) -> None:
-        self.target, self.aside = target, target.with_name(target.name + ".part")
-
-    def __enter__(self) -> Path:
-        return self.aside
-
-    def __exit__(self, kind: Any, *rest: Any) -> None:
-        if kind is None:
-            self.aside.replace(self.target)
-        else:
-            self.aside.unlink(missing_ok=True)

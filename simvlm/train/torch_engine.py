@@ -12,8 +12,9 @@ import torch
 from simvlm.data.mixture import Mixed
 from simvlm.data.tokenizer import Tokenizer
 from simvlm.model.config import SimVLMConfig
+from simvlm.model.folder import WEIGHTS, stored_config
 from simvlm.model.torch_model import SimVLM
-from simvlm.model.weights import WEIGHTS, load_tensors, stored_config
+from simvlm.model.weights import load_tensors
 from simvlm.train.objectives import suffix_nll
 from simvlm.train.optim import adamw
 from simvlm.train.settings import Precision, PretrainSettings

@@ -1,0 +1,165 @@
+"""One global batch as U units: packed batches of equal static shapes, one to each place of a mesh. numpy alone.
+
+A device mesh wants equal shapes everywhere, and packed sequences have all lengths. So every unit gets as many pictures
+and as many sequences as any other, dealt out so that rows are even, and is packed by itself to the rows of the fullest.
+Sequences that a unit is short of are empty. A picture that it is short of (a broken one was skipped) is stood in for by
+another of the batch: nobody looks at it, only BatchNorm's statistics count it twice; one unit is never short.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from simvlm.kernels.attention.layout import PrefixLayout
+from simvlm.model.batch import Batch, Inputs
+from simvlm.model.config import SimVLMConfig
+
+_LAYOUTS = ("layout", "decoder_layout", "cross_layout")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Capacity:
+    """What each unit has room for: sequences, pictures, rows of encoder text, rows of the decoder."""
+
+    sequences: int
+    images: int
+    encoder_rows: int
+    decoder_rows: int
+
+    @classmethod
+    def of(cls, batches: Sequence[Batch], multiple: int) -> Capacity:
+        """The least that these units fit in, rows rounded up to a multiple."""
+
+        def rows(lens: str) -> int:
+            return max(-(-max(int(getattr(batch, lens).sum()) for batch in batches) // multiple), 1) * multiple
+
+        return cls(
+            sequences=max(len(batch.sources) for batch in batches),
+            images=max(len(batch.images) for batch in batches),
+            encoder_rows=rows("encoder_text_lens"),
+            decoder_rows=rows("decoder_lens"),
+        )
+
+    def union(self, other: Capacity) -> Capacity:
+        """Room for what fits in either."""
+        fields = [field.name for field in dataclasses.fields(self)]
+        return Capacity(**{name: max(getattr(self, name), getattr(other, name)) for name in fields})
+
+
+def dealt(encoder_lens: np.ndarray, decoder_lens: np.ndarray, has_image: np.ndarray, units: int) -> np.ndarray:
+    """int[B]: the unit of each sequence.
+
+    In rounds, the longest sequences first, texts before those with a picture: in each round every unit gets one (in the
+    last as many units as are left sequences), the longest to the emptiest, by encoder or decoder rows, whichever are
+    less even so far. So all units get equally many of either kind, or one more.
+    """
+    owner, load = np.zeros(len(has_image), np.int64), np.zeros((2, units), np.int64)
+    lens = np.stack([encoder_lens, decoder_lens]).astype(np.int64)
+    for kind in (False, True):
+        rows = np.flatnonzero(has_image == kind)
+        rows = rows[np.argsort(-lens[:, rows].sum(0), kind="stable")]
+        for first in range(0, len(rows), units):
+            part = rows[first : first + units]
+            half = int(np.ptp(load, 1).argmax())
+            part = part[np.argsort(-lens[half, part], kind="stable")]
+            emptiest = np.argsort(load[half], kind="stable")[: len(part)]
+            owner[part] = emptiest
+            load[:, emptiest] += lens[:, part]
+    return owner
+
+
+def split(batch: Batch, units: int) -> list[Batch]:
+    """The batch's sequences as `units` packed batches, in the batch's order within each."""
+    if units == 1:
+        return [batch]
+    owner = dealt(batch.encoder_text_lens, batch.decoder_lens, batch.has_image, units)
+    encoder_owner, decoder_owner = (np.repeat(owner, lens) for lens in (batch.encoder_text_lens, batch.decoder_lens))
+    image_owner = owner[batch.has_image]
+    return [
+        Batch(
+            images=batch.images[image_owner == unit],
+            encoder_text=batch.encoder_text[: len(encoder_owner)][encoder_owner == unit],
+            decoder_inputs=batch.decoder_inputs[: len(decoder_owner)][decoder_owner == unit],
+            targets=batch.targets[: len(decoder_owner)][decoder_owner == unit],
+            **{
+                name: getattr(batch, name)[owner == unit]
+                for name in ("has_image", "encoder_text_lens", "decoder_lens", "sources", "sample_ids")
+            },
+        )
+        for unit in range(units)
+    ]
+
+
+def stacked(batches: Sequence[Batch], config: SimVLMConfig, capacity: Capacity) -> Inputs:
+    """The units' inputs with a leading axis U on every array, the layouts' bounds [U, 7, B] among them.
+
+    `sources` is int8[U, Rd], of every decoder row (0 for spare ones, which have no loss), not of every sequence.
+
+    Raises:
+        ValueError: a unit does not fit the capacity, or the batch not the model (see `Batch.inputs`).
+    """
+    whole = [picture for batch in batches for picture in batch.images]
+    parts = [_padded(batch, config, capacity, whole) for batch in batches]
+    joined: dict[str, Any] = {}
+    for field in dataclasses.fields(Inputs):
+        values = [getattr(part, field.name) for part in parts]
+        if values[0] is None:
+            joined[field.name] = None
+        elif field.name in _LAYOUTS:
+            longest = {name: max(getattr(v, name) for v in values) for name in ("max_q_len", "max_k_len")}
+            bounds = np.stack([value.bounds for value in values])
+            joined[field.name] = dataclasses.replace(values[0], bounds=bounds, **longest)
+        else:
+            joined[field.name] = np.stack(values)
+    return Inputs(**joined)
+
+
+def _padded(batch: Batch, config: SimVLMConfig, capacity: Capacity, stand_ins: list[np.ndarray]) -> Inputs:
+    rows = {"encoder_text": capacity.encoder_rows, "decoder_inputs": capacity.decoder_rows}
+    rows["targets"] = capacity.decoder_rows
+    fills = {"encoder_text": 0, "decoder_inputs": 0, "targets": -100}
+    filled = {}
+    for name, room in rows.items():
+        used = int((batch.encoder_text_lens if name == "encoder_text" else batch.decoder_lens).sum())
+        if used > room:
+            raise ValueError(f"units: capacity must hold the {used} rows of {name}, got {room}")
+        filled[name] = _longer(getattr(batch, name)[:used], room, fills[name])
+    inputs = dataclasses.replace(batch, **filled).inputs(config)
+    short = capacity.images - len(batch.images)
+    if short < 0 or capacity.sequences < len(batch.sources):
+        raise ValueError(f"units: capacity must hold {len(batch.images)} images, {len(batch.sources)} sequences")
+    images = batch.images
+    if short:
+        images = np.concatenate([images, np.stack([stand_ins[i % len(stand_ins)] for i in range(short)])])
+    owners = np.repeat(batch.sources, batch.decoder_lens)
+    changes: dict[str, Any] = {
+        "images": images,
+        "image_sample_ids": _longer(inputs.image_sample_ids, capacity.images, 0),
+        "sources": _longer(owners, capacity.decoder_rows, 0),
+    }
+    for name in ("decoder_lens", "sample_ids"):
+        changes[name] = _longer(getattr(inputs, name), capacity.sequences, 0)
+    for name in _LAYOUTS:
+        layout: PrefixLayout | None = getattr(inputs, name)
+        if layout is not None:
+            changes[name] = dataclasses.replace(layout, bounds=_with_empty(layout, capacity.sequences))
+    return dataclasses.replace(inputs, **changes)
+
+
+def _longer(x: np.ndarray, length: int, fill: int) -> np.ndarray:
+    return np.concatenate([x, np.full(length - len(x), fill, x.dtype)])
+
+
+def _with_empty(layout: PrefixLayout, sequences: int) -> np.ndarray:
+    """int32[7, sequences]: the layout's bounds, and empty sequences after the last."""
+    bounds = np.zeros((7, sequences), np.int32)
+    batch = layout.batch
+    bounds[:, :batch] = layout.bounds
+    if batch:
+        bounds[0, batch:] = layout.bounds[0, -1] + layout.bounds[1, -1]
+        bounds[2, batch:] = layout.bounds[2, -1] + layout.bounds[3, -1]
+    return bounds
