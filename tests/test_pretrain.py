@@ -29,6 +29,7 @@ from simvlm.model.batch import IMAGE_TEXT, TEXT_ONLY
 from simvlm.train import checkpoint, loop, objectives, optim
 from simvlm.train import settings as run_settings
 from simvlm.train.pretrain import pretrain
+from simvlm.train.processes import ALONE
 from simvlm.train.settings import DataSettings, OptimizerSettings, PretrainSettings
 from simvlm.train.step import Diverged, StepLoss
 from simvlm.train.torch_engine import TorchEngine
@@ -271,6 +272,8 @@ def test_a_checkpoint_with_other_moments_is_refused(world, tmp_path):
 
 class Counting:
     """Its state is how many steps it took; `on_step` may act up."""
+
+    processes = ALONE
 
     def __init__(self, on_step=lambda step: None, on_save=lambda: None):
         self.steps, self.on_step, self.on_save = 0, on_step, on_save

@@ -52,6 +52,7 @@ class Mixture:
         max_text_len: tokens of a text at the most; longer ones are cut to a window.
         row_multiple: packed rows are padded to a multiple of it, so that few sizes occur.
         seed: of the order and of everything drawn for a sample.
+        part: (index, count): this mixture assembles the index-th of `count` equal parts of every batch.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Mixture:
         max_text_len: int = 256,
         row_multiple: int = 64,
         seed: int = 0,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         self.pairs, self.documents, self.tokenizer = pairs, documents, tokenizer
         self.pairs_per_step = pairs_per_step if pairs is not None else 0
@@ -73,7 +75,12 @@ class Mixture:
         if not self.pairs_per_step + self.documents_per_step:
             raise ValueError("Mixture: a batch must hold at least one pair or document, got none of either")
         self.image_size, self.max_text_len, self.row_multiple = image_size, max_text_len, row_multiple
-        self.seed = seed
+        for name in ("pairs_per_step", "documents_per_step"):
+            if getattr(self, name) % part[1]:
+                raise ValueError(
+                    f"Mixture: {name} must be a multiple of the {part[1]} parts, got {getattr(self, name)}"
+                )
+        self.seed, self.part = seed, part
         self._pair_order = _order(pairs, seed) if self.pairs_per_step else None
         self._document_order = _order(documents, seed + 1) if self.documents_per_step else None
 
@@ -85,7 +92,10 @@ class Mixture:
             (IMAGE_TEXT, self._pair_order, self.pairs_per_step, self._pair),
             (TEXT_ONLY, self._document_order, self.documents_per_step, self._document),
         ):
-            for position in range(step * per_step, (step + 1) * per_step):
+            index, count = self.part
+            own = per_step // count
+            first = step * per_step + index * own
+            for position in range(first, first + own):
                 assert order is not None
                 index, epoch = int(order[position]), position // len(order)
                 try:
@@ -122,6 +132,11 @@ class Mixture:
         if len(tokens) < 2:
             raise BrokenSample("text too short", document.shard, document.key)
         return _Row(TEXT_ONLY, index, prefixes.split(tokens, prefixes.prefix_length(len(tokens), False, *key)), None)
+
+
+def capacity_step(most: int) -> int:
+    """Steps of a batch's capacity: so large that few of the sizes up to `most` rows occur, at the least 64."""
+    return max(64, 1 << max(most // 64, 1).bit_length())
 
 
 @dataclasses.dataclass(frozen=True)

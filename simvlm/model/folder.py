@@ -61,6 +61,17 @@ def stored_config(folder: str | Path) -> SimVLMConfig:
     return SimVLMConfig.from_dict(values)
 
 
+def check_config(folder: str | Path, own: SimVLMConfig) -> None:
+    """
+    Raises:
+        ValueError: the folder's model is of another architecture; every difference is named.
+    """
+    stored = stored_config(folder).to_dict()
+    different = "; ".join(f"{name} {value}" for name, value in own.to_dict().items() if value != stored[name])
+    if different:
+        raise ValueError(f"variant must be the model of {folder}, got another: {different}")
+
+
 def read_config(folder: str | Path) -> dict[str, Any]:
     """`config.json` as it is."""
     path = existing(folder, CONFIG)

@@ -72,26 +72,27 @@ def dealt(encoder_lens: np.ndarray, decoder_lens: np.ndarray, has_image: np.ndar
     return owner
 
 
-def split(batch: Batch, units: int) -> list[Batch]:
-    """The batch's sequences as `units` packed batches, in the batch's order within each."""
+def split(batch: Batch, units: int) -> list[np.ndarray]:
+    """The rows of the batch's arrays of sequences that each of `units` units gets, ascending."""
     if units == 1:
-        return [batch]
+        return [np.arange(len(batch.sources))]
     owner = dealt(batch.encoder_text_lens, batch.decoder_lens, batch.has_image, units)
-    encoder_owner, decoder_owner = (np.repeat(owner, lens) for lens in (batch.encoder_text_lens, batch.decoder_lens))
-    image_owner = owner[batch.has_image]
-    return [
-        Batch(
-            images=batch.images[image_owner == unit],
-            encoder_text=batch.encoder_text[: len(encoder_owner)][encoder_owner == unit],
-            decoder_inputs=batch.decoder_inputs[: len(decoder_owner)][decoder_owner == unit],
-            targets=batch.targets[: len(decoder_owner)][decoder_owner == unit],
-            **{
-                name: getattr(batch, name)[owner == unit]
-                for name in ("has_image", "encoder_text_lens", "decoder_lens", "sources", "sample_ids")
-            },
-        )
-        for unit in range(units)
-    ]
+    return [np.flatnonzero(owner == unit) for unit in range(units)]
+
+
+def taken(batch: Batch, rows: np.ndarray) -> Batch:
+    """The batch of some of a batch's sequences."""
+    chosen = np.zeros(len(batch.sources), bool)
+    chosen[rows] = True
+    of_encoder, of_decoder = (np.repeat(chosen, lens) for lens in (batch.encoder_text_lens, batch.decoder_lens))
+    of_sequences = ("has_image", "encoder_text_lens", "decoder_lens", "sources", "sample_ids")
+    return Batch(
+        images=batch.images[chosen[batch.has_image]],
+        encoder_text=batch.encoder_text[: len(of_encoder)][of_encoder],
+        decoder_inputs=batch.decoder_inputs[: len(of_decoder)][of_decoder],
+        targets=batch.targets[: len(of_decoder)][of_decoder],
+        **{name: getattr(batch, name)[chosen] for name in of_sequences},
+    )
 
 
 def stacked(batches: Sequence[Batch], config: SimVLMConfig, capacity: Capacity) -> Inputs:

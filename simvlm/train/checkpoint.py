@@ -15,17 +15,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from simvlm.train.processes import ALONE, Processes
+
 STATE = "state.json"
 _NAME = re.compile(r"step-(\d{8})")
 
 
-def save(run: Path, step: int, state: dict[str, Any], write: Callable[[Path], None], keep: int) -> Path:
+def save(
+    run: Path,
+    step: int,
+    state: dict[str, Any],
+    write: Callable[[Path], None],
+    keep: int,
+    processes: Processes = ALONE,
+) -> Path:
     """Saves the state after `step` steps and removes all but the `keep` newest checkpoints; returns its folder.
 
     Args:
         run: the run's folder.
         state: JSON, to which "step" is added.
-        write: puts the engine's own files into a folder.
+        write: puts the engine's own files into a folder; called by every process.
+        processes: of the run, all of which must call this; they see one file system.
 
     Raises:
         OSError: it could not be written, and what was written of it is removed; older ones are untouched.
@@ -34,20 +44,27 @@ def save(run: Path, step: int, state: dict[str, Any], write: Callable[[Path], No
     if target.is_dir():  # a run that stops at the step it went on from
         return target
     aside = target.with_name(target.name + ".part")
-    shutil.rmtree(aside, ignore_errors=True)
     try:
-        aside.mkdir(parents=True)
+        if processes.is_first:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        processes.barrier(f"a folder for step {step}")
         write(aside)
-        (aside / STATE).write_text(json.dumps(state | {"step": step}, indent=1) + "\n")
-        for path in [*aside.iterdir(), aside]:
-            _to_disk(path)
-        aside.replace(target)
-        _to_disk(target.parent)
+        processes.barrier(f"step {step} is written")
+        if processes.is_first:
+            (aside / STATE).write_text(json.dumps(state | {"step": step}, indent=1) + "\n")
+            for path in [*aside.rglob("*"), aside]:
+                _to_disk(path)
+            aside.replace(target)
+            _to_disk(target.parent)
     except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
         if type(error).__name__ == "SafetensorError":  # its only word for a disk that is full
             raise OSError(f"cannot write {target} ({error})") from error
         raise
+    processes.barrier(f"step {step} is in place")
+    if not processes.is_first:
+        return target
     for _, old in _all(run)[:-keep]:
         # Under another name first: half a folder must not pass for a checkpoint.
         shutil.rmtree(old.replace(old.with_name(old.name + ".old")), ignore_errors=True)

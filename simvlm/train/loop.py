@@ -25,6 +25,7 @@ from simvlm.data.tokenizer import Tokenizer
 from simvlm.model.batch import IMAGE_TEXT, SOURCES
 from simvlm.train import checkpoint, progress
 from simvlm.train.optim import learning_rate
+from simvlm.train.processes import Processes
 from simvlm.train.settings import PretrainSettings
 from simvlm.train.step import Diverged, StepLoss
 
@@ -35,6 +36,8 @@ _ENOUGH_SAMPLES = 1000
 
 class Engine(Protocol):
     """One framework's model and optimizer."""
+
+    processes: Processes
 
     def step(self, mixed: Mixed, lr: float) -> StepLoss: ...
     def save(self, folder: Path, tokenizer: Tokenizer) -> None: ...
@@ -95,18 +98,23 @@ class Run:
             ValueError: a loss is not finite, or too many samples are broken; the state before is saved.
             OSError: the last checkpoint could not be written, or the data not read.
         """
-        for name in (LOG, SKIPPED):  # what comes after the checkpoint will be written again
-            _keep_until(self.folder / name, self.step)
-        with _stop_signals() as stop, progress.Display(self.folder, self.settings.steps, self.step) as display:
+        if self.engine.processes.is_first:
+            for name in (LOG, SKIPPED):  # what comes after the checkpoint will be written again
+                _keep_until(self.folder / name, self.step)
+        with _stop_signals() as stop, self._display() as display:
             try:
                 return self._steps(stop, display)
             except (OSError, ValueError):
                 self._try_to_save(display)
                 raise
 
+    def _display(self) -> progress.Display:
+        quiet = not self.engine.processes.is_first
+        return progress.Display(self.folder, self.settings.steps, self.step, quiet=quiet)
+
     def _steps(self, stop: list[int], display: progress.Display) -> Path:
         settings = self.settings
-        window = _Window(self.image_len)
+        window = _Window(self.image_len, self.engine.processes.count)
         batches = self.mixture.iterate(self.step, settings.steps)
         while self.step < settings.steps:
             mixed = window.waiting_for(batches)
@@ -121,10 +129,10 @@ class Run:
                 entry = {"step": self.step, "lr": lr, **window.summary(), "skipped": sum(self.skipped.values())}
                 self._append(LOG, [entry], display)
                 display.show(entry)
-                window = _Window(self.image_len)
+                window = _Window(self.image_len, self.engine.processes.count)
             if self.step == settings.steps:
                 break
-            if stop:
+            if self.engine.processes.agree(bool(stop)):
                 self.save()
                 raise Interrupted(
                     f"stopped after step {self.step}, saved; `simvlm pretrain --resume {self.folder}` goes on"
@@ -141,6 +149,7 @@ class Run:
             state,
             lambda folder: self.engine.save(folder, self.mixture.tokenizer),
             self.settings.keep,
+            self.engine.processes,
         )
 
     def _try_to_save(self, display: progress.Display) -> Path | None:
@@ -154,6 +163,8 @@ class Run:
             return None
 
     def _append(self, name: str, lines: Sequence[dict[str, Any]], display: progress.Display) -> None:
+        if not self.engine.processes.is_first:
+            return
         try:
             with open(self.folder / name, "a") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
@@ -161,7 +172,7 @@ class Run:
             display.say(f"step {self.step}: {name} not written: {error}")
 
     def _note_skipped(self, mixed: Mixed, display: progress.Display) -> None:
-        self.samples += len(mixed.batch.sources) + len(mixed.skipped)
+        self.samples += (len(mixed.batch.sources) + len(mixed.skipped)) * self.engine.processes.count
         if not mixed.skipped:
             return
         self.skipped.update(sample.kind for sample in mixed.skipped)
@@ -192,8 +203,8 @@ class Run:
 class _Window:
     """What is summed up between two lines of the log."""
 
-    def __init__(self, image_len: int) -> None:
-        self.image_len = image_len
+    def __init__(self, image_len: int, processes: int) -> None:
+        self.image_len, self.processes = image_len, processes
         self.began = time.perf_counter()
         self.waited = 0.0
         self.nll, self.suffix_tokens = np.zeros(2), np.zeros(2, np.int64)
@@ -213,8 +224,8 @@ class _Window:
         self.suffix_tokens += loss.tokens
         self.grad_norm += loss.grad_norm
         self.steps += 1
-        self.samples += len(batch.sources)
-        self.tokens += int(batch.encoder_lens(self.image_len).sum() + batch.decoder_lens.sum())
+        self.samples += len(batch.sources) * self.processes  # all have equal parts, but for what was skipped
+        self.tokens += self.processes * int(batch.encoder_lens(self.image_len).sum() + batch.decoder_lens.sum())
         self.ids.update(batch.sources.tobytes() + batch.sample_ids.tobytes())
 
     def summary(self) -> dict[str, Any]:

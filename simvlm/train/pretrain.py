@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from simvlm.data.mixture import Mixture
+from simvlm.data.mixture import Mixture, capacity_step
 from simvlm.data.shards import ImageTextShards
 from simvlm.data.text import TextShards
 from simvlm.data.tokenizer import Tokenizer
 from simvlm.model.config import VARIANTS, SimVLMConfig, variant
 from simvlm.train import checkpoint, loop
 from simvlm.train import settings as run_settings
+from simvlm.train.processes import ALONE, Processes
 from simvlm.train.settings import PretrainSettings
 
 _DESCRIPTION = """PrefixLM pretraining.
@@ -45,18 +47,45 @@ def pretrain(settings: PretrainSettings, *, resume: bool = False) -> Path:
         )
     tokenizer = Tokenizer(settings.data.tokenizer)
     config = model_config(settings, tokenizer.vocab_size)
-    mixture = mixture_of(settings, tokenizer, config)
+    engine = engine_of(settings, config)
+    mixture = mixture_of(settings, tokenizer, config, engine.processes)
     for shards in (mixture.pairs, mixture.documents):
         for shard in [] if shards is None else shards.cut:
             print(f"{shard} is cut short; what is whole in it is used", file=sys.stderr)
-    from simvlm.train.torch_engine import TorchEngine
-
-    engine = TorchEngine(settings, config)
     settings = dataclasses.replace(settings, device=str(engine.device), precision=engine.precision)
     run = loop.Run(engine, mixture, settings, image_len=config.image_len)
     folder.mkdir(parents=True, exist_ok=True)
-    run_settings.save(settings, folder)  # after all that may refuse: a run that stands must not be spoilt
+    if engine.processes.is_first:
+        run_settings.save(settings, folder)  # after all that may refuse: a run that stands must not be spoilt
     return run.all_steps()
+
+
+def engine_of(settings: PretrainSettings, config: SimVLMConfig) -> Any:
+    """The engine of the settings' framework, which is imported here.
+
+    Raises:
+        ValueError: the framework is not installed, or has no such device, kernel or mesh.
+    """
+    if settings.engine == "torch":
+        from simvlm.train.torch_engine import TorchEngine
+
+        return TorchEngine(settings, config)
+    missing = [name for name in ("jax", "flax", "optax", "orbax.checkpoint") if not _installed(name)]
+    if missing:
+        raise ValueError(
+            f"engine: jax needs {', '.join(missing)}, not installed here (pip install 'simvlm[jax,train]')"
+        )
+    from simvlm.train import jax_engine
+
+    jax_engine.connect(settings.jax)
+    return jax_engine.JaxEngine(settings, config)
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def model_config(settings: PretrainSettings, vocab_size: int) -> SimVLMConfig:
@@ -77,8 +106,10 @@ def model_config(settings: PretrainSettings, vocab_size: int) -> SimVLMConfig:
     return dataclasses.replace(config, vocab_size=vocab_size, image_size=image_size)
 
 
-def mixture_of(settings: PretrainSettings, tokenizer: Tokenizer, config: SimVLMConfig) -> Mixture:
-    """The mixture of the settings' shards."""
+def mixture_of(
+    settings: PretrainSettings, tokenizer: Tokenizer, config: SimVLMConfig, processes: Processes = ALONE
+) -> Mixture:
+    """The mixture of the settings' shards; this process's part of it."""
     chosen = settings.data
     return Mixture(
         ImageTextShards(chosen.pairs) if chosen.pairs else None,
@@ -88,14 +119,10 @@ def mixture_of(settings: PretrainSettings, tokenizer: Tokenizer, config: SimVLMC
         documents_per_step=chosen.documents_per_step,
         image_size=config.image_size,
         max_text_len=config.max_text_len,
-        row_multiple=_row_multiple((chosen.pairs_per_step + chosen.documents_per_step) * config.max_text_len),
+        row_multiple=capacity_step((chosen.pairs_per_step + chosen.documents_per_step) * config.max_text_len),
         seed=settings.seed,
+        part=(processes.index, processes.count),
     )
-
-
-def _row_multiple(most: int) -> int:
-    """Steps of a batch's capacity: so large that few of the sizes up to `most` rows occur, at the least 64."""
-    return max(64, 1 << max(most // 64, 1).bit_length())
 
 
 def main(argv: Sequence[str]) -> str:

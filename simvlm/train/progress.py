@@ -21,14 +21,18 @@ class Display:
         folder: of the run; curves go to `tensorboard/` in it.
         steps: of the whole run.
         first_step: steps that were done before.
+        quiet: neither lines nor curves (another process of the run has them); messages all the same.
     """
 
-    def __init__(self, folder: Path, steps: int, first_step: int) -> None:
-        # torch's writer: it needs the tensorboard package alone, not TensorFlow.
-        from torch.utils.tensorboard import SummaryWriter
-
+    def __init__(self, folder: Path, steps: int, first_step: int, *, quiet: bool = False) -> None:
         self._console = Console(stderr=True)
-        self._curves = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+        self._curves: Any = None
+        if not quiet:
+            # torch's writer: it needs the tensorboard package alone, not TensorFlow.
+            from torch.utils.tensorboard import SummaryWriter
+
+            purge = first_step + 1 if first_step else None
+            self._curves = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
         self._progress = Progress(
             TextColumn("step {task.completed:.0f} of {task.total:.0f}"),
             BarColumn(),
@@ -37,7 +41,7 @@ class Display:
             TimeRemainingColumn(),
             TextColumn("{task.description}"),
             console=self._console,
-            disable=not self._console.is_terminal,
+            disable=quiet or not self._console.is_terminal,
             speed_estimate_period=120,
         )
         self._task = self._progress.add_task("", total=steps, completed=first_step)
@@ -50,11 +54,15 @@ class Display:
 
     def __exit__(self, *error: Any) -> None:
         self._progress.stop()
+        if self._curves is None:
+            return
         with contextlib.suppress(OSError):  # a full disk, of which it was said before
             self._curves.close()
 
     def show(self, entry: dict[str, Any]) -> None:
         """One line of the log."""
+        if self._curves is None:
+            return
         try:
             for name, value in entry.items():
                 if name not in _NOT_CURVES:

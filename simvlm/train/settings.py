@@ -11,7 +11,9 @@ from typing import Any, Literal
 from simvlm.kernels.dispatch import did_you_mean
 
 FILE = "run.yaml"
+Engine = Literal["torch", "jax"]
 Precision = Literal["auto", "float32", "bfloat16"]
+Remat = Literal["none", "layer", "dots"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,22 @@ class OptimizerSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class JaxSettings:
+    """Of `engine: jax` alone."""
+
+    mesh: tuple[int, int, int] = (0, 1, 1)
+    """devices along data, fsdp and tensor; data 0: all that are left"""
+    remat: Remat = "none"
+    """what the backward pass computes again: nothing, each layer from its input, or all but matrix products (dots)"""
+    accumulate: int = 1
+    """micro-batches of every step, whose gradients are added up; BatchNorm's statistics are of each"""
+    coordinator: str = ""
+    """host:port of process 0, in runs of several processes; "auto" where a cluster's environment tells"""
+    process: tuple[int, int] = (0, 1)
+    """this process, and how many there are"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainSettings:
     """PrefixLM pretraining of one model."""
 
@@ -66,8 +84,11 @@ class PretrainSettings:
     optimizer: OptimizerSettings = OptimizerSettings()
     loss_weights: tuple[float, float] = (1.0, 1.0)
     """of a token of an image-text pair and of one of a document"""
+    engine: Engine = "torch"
+    """the framework; both take the same samples and write the same model folder"""
+    jax: JaxSettings = JaxSettings()
     device: str = "auto"
-    """"cpu", "cuda", …; auto: the GPU where there is one"""
+    """"cpu", "cuda", …; auto: the GPU where there is one; of jax: its first platform"""
     precision: Precision = "auto"
     """of products and activations, weights being float32; auto: bfloat16 where the processor multiplies it"""
     impl: str | None = None
@@ -103,6 +124,15 @@ def check(settings: PretrainSettings) -> None:
     _require("optimizer.weight_decay", optimizer.weight_decay >= 0, "at least 0", optimizer.weight_decay)
     norm = optimizer.max_grad_norm
     _require("optimizer.max_grad_norm", norm is None or norm > 0, "above 0, or None", norm)
+    _require(
+        "jax.mesh",
+        min(settings.jax.mesh) >= 0 and min(settings.jax.mesh[1:]) >= 1,
+        "at least 1 each (data may be 0)",
+        settings.jax.mesh,
+    )
+    _require("jax.accumulate", settings.jax.accumulate >= 1, "at least 1", settings.jax.accumulate)
+    index, count = settings.jax.process
+    _require("jax.process", 0 <= index < count, "an index and a larger count", settings.jax.process)
     weights = settings.loss_weights
     _require("loss_weights", min(weights) >= 0 and max(weights) > 0, "at least 0, one above it", weights)
 

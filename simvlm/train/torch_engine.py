@@ -11,12 +11,14 @@ import torch
 
 from simvlm.data.mixture import Mixed
 from simvlm.data.tokenizer import Tokenizer
+from simvlm.model import folder as folders
 from simvlm.model.config import SimVLMConfig
-from simvlm.model.folder import WEIGHTS, stored_config
+from simvlm.model.folder import WEIGHTS
 from simvlm.model.torch_model import SimVLM
 from simvlm.model.weights import load_tensors
 from simvlm.train.objectives import suffix_nll
 from simvlm.train.optim import adamw
+from simvlm.train.processes import ALONE
 from simvlm.train.settings import Precision, PretrainSettings
 from simvlm.train.step import Diverged, StepLoss
 
@@ -36,6 +38,7 @@ class TorchEngine:
     """
 
     def __init__(self, settings: PretrainSettings, config: SimVLMConfig) -> None:
+        self.processes = ALONE
         self.device = _device(settings.device)
         self.precision = _precision(settings.precision, self.device)
         torch.manual_seed(settings.seed)
@@ -105,10 +108,9 @@ class TorchEngine:
         Raises:
             ValueError: config or tensors are not those of this model; every difference is named.
         """
-        stored, own = stored_config(folder).to_dict(), self.model.config.to_dict()
-        if stored != own:
-            different = "; ".join(f"{name} {own[name]}" for name in own if own[name] != stored[name])
-            raise ValueError(f"variant must be the model of {folder}, got another: {different}")
+        folders.check_config(folder, self.model.config)
+        if not (folder / _OPTIMIZER).is_file():
+            raise ValueError(f"engine must be the one that wrote {folder}, got torch: it holds no {_OPTIMIZER}")
         load_tensors(self.model, safetensors.torch.load_file(folder / WEIGHTS), str(folder / WEIGHTS))
         moments = safetensors.torch.load_file(folder / _OPTIMIZER)
         state = self.optimizer.state_dict()
