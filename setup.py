@@ -28,6 +28,14 @@ def source_hash() -> str:
     return digest.hexdigest()[:16]
 
 
+def xla_include_dir() -> str:
+    """The folder of XLA's headers, which jax brings; "" where jax is not to be had: the module has no door for it."""
+    # In a process of its own: jax is large, and may have things to say about accelerators.
+    code = "import jax.ffi; print(jax.ffi.include_dir())"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return found.stdout.strip() if found.returncode == 0 else ""
+
+
 class CMakeBuild(build_ext):
     """One extension, simvlm._cpp, configured and built by CMake in build/."""
 
@@ -71,6 +79,7 @@ class CMakeBuild(build_ext):
             "-GNinja",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DSIMVLM_XLA_INCLUDE={xla_include_dir()}",
             f"-DSIMVLM_SOURCE_HASH={source_hash()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={work / 'module'}",
             f"-DSIMVLM_LEVELS={os.environ.get('SIMVLM_LEVELS', '')}",

@@ -32,6 +32,7 @@ struct Job {
 };
 
 thread_local bool inside_task = false;
+thread_local bool own_pool_only = false;
 
 // Workers live as long as the process (or until it forks: the child makes a pool of its own and leaves this one alone).
 class Pool {
@@ -214,11 +215,15 @@ thread_local Scratch scratch, shared;
 void parallel_for(int64_t count, int threads, void (*task)(void*, int64_t), void* context) {
   if (threads > count) threads = static_cast<int>(count);
   if (threads > 1 && !inside_task) {
-    if (try_torch_threads(count, threads, task, context)) return;
+    if (!own_pool_only && try_torch_threads(count, threads, task, context)) return;
     if (pool().try_run(count, threads, task, context)) return;
   }
   for (int64_t i = 0; i < count; ++i) task(context, i);
 }
+
+OwnPool::OwnPool() : before_(own_pool_only) { own_pool_only = true; }
+
+OwnPool::~OwnPool() { own_pool_only = before_; }
 
 float* thread_scratch(int64_t floats) { return scratch.at_least(floats); }
 

@@ -14,6 +14,19 @@ namespace simvlm {
 // inside a task, or without torch while another caller holds the pool, runs on the caller alone. Safe after fork.
 void parallel_for(int64_t count, int threads, void (*task)(void* context, int64_t index), void* context);
 
+// While one lives, this thread's calls of parallel_for leave torch's threads alone. For XLA, which calls from whichever
+// of its threads is free: OpenMP would start a team for every one of them.
+class OwnPool {
+ public:
+  OwnPool();
+  ~OwnPool();
+  OwnPool(const OwnPool&) = delete;
+  OwnPool& operator=(const OwnPool&) = delete;
+
+ private:
+  bool before_;
+};
+
 // This thread's scratch: at least `floats` floats, 64-byte aligned, unspecified contents, valid until the next call
 // from the same thread. Null when memory is exhausted.
 float* thread_scratch(int64_t floats);

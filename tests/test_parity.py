@@ -32,7 +32,7 @@ def _dtypes(spec, family: str, impl: str, case) -> tuple[str, ...]:
         return ("float32", "float16") if small else ()
     if family == "jax" and (case.memory != "contiguous" or case.tier == "full"):
         return ()
-    if family == "jax":
+    if family == "jax" and impl != "cpp":
         return ("float32", "bfloat16")
     return spec.DTYPES
 

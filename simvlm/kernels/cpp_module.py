@@ -47,6 +47,11 @@ def unsupported(x: Any) -> str | None:
     device = "cpu" if isinstance(x, np.ndarray) else x.device.type
     if device != "cpu":
         return f"runs on the CPU, got tensors on {device}"
+    return unsupported_dtype(x)
+
+
+def unsupported_dtype(x: Any) -> str | None:
+    """Of any library's array."""
     return None if dtype_code(x) is not None else f"takes {', '.join(_DTYPES)}, got {dtype_name(x)}"
 
 
@@ -63,7 +68,7 @@ _codes: dict[Any, int] = {}
 
 
 def numpy_threads() -> int:
-    """How many threads numpy callers get; torch callers have torch.get_num_threads()."""
+    """How many threads numpy and jax callers get; torch callers have torch.get_num_threads()."""
     return int(os.environ.get("SIMVLM_NUM_THREADS") or len(os.sched_getaffinity(0)))
 
 
