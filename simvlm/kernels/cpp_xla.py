@@ -55,11 +55,22 @@ def call(
     """
     arrays = [jnp.zeros(*NOTHING) if x is None else x for x in operands]
     attributes = {key: np.int64(value) if type(value) is int else value for key, value in attributes.items()}
-    varying = frozenset().union(*(jax.typeof(x).mat.varying for x in arrays))  # axes of a mesh, inside shard_map
-    kind = jax.sharding.ManualAxisType(varying=varying)
-    shapes = [jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind) for shape, dtype in results]
+    shapes = [jax.ShapeDtypeStruct(shape, dtype, **_on_mesh(arrays)) for shape, dtype in results]
     called = jax.ffi.ffi_call(_target(name), shapes, vmap_method="expand_dims")
     return called(*arrays, **attributes, threads=np.int64(cpp_module.numpy_threads()))
+
+
+def _on_mesh(operands: Sequence[Array]) -> dict[str, Any]:
+    """What inside shard_map the type of a result says beside shape and dtype: it varies over the axes of its operands."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return {}
+    types = [jax.typeof(x) for x in operands]
+    if not hasattr(jax.sharding, "ManualAxisType"):  # jax before 0.10
+        return {"vma": frozenset().union(*(one.vma for one in types))}
+    kind = jax.sharding.ManualAxisType(varying=frozenset().union(*(one.mat.varying for one in types)))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return {"manual_axis_type": kind, "sharding": whole}
 
 
 NOTHING = ((0,), np.float32)
