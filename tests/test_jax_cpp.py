@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -258,12 +259,14 @@ def test_refused_calls(monkeypatch):
     assert prefix_attention(x, x, x, layout).shape == x.shape  # by another
 
 
-def test_a_module_without_the_door_says_so(monkeypatch):
-    class Doorless:
-        pass
-
-    monkeypatch.setattr(cpp_module, "compiled", Doorless)
-    assert cpp_xla.unavailable.__wrapped__() == "built without jax's headers: install jax, then reinstall"
+def test_a_module_without_the_door_or_with_one_too_new_says_so(monkeypatch):
+    ask = cpp_xla.unavailable.__wrapped__
+    monkeypatch.setattr(cpp_module, "compiled", object)
+    assert ask() == "built without jax's headers: install jax, then reinstall"
+    newer = types.SimpleNamespace(xla_targets=dict, xla_interface=(0, 99))
+    monkeypatch.setattr(cpp_module, "compiled", lambda: newer)
+    assert re.match(r"built for version 0\.99 of XLA's foreign function interface, jax [\d.]+ has 0\.\d+:", ask())
+    assert _cpp.xla_interface <= cpp_xla._interface()
 
 
 # ---- in one process with others --------------------------------------------------------------------------------------
