@@ -20,7 +20,8 @@ namespace simvlm {
 float make_mistake(const std::string& name);  // mistakes.cc
 #endif
 #ifdef SIMVLM_XLA_DOOR
-std::vector<std::pair<const char*, void*>> xla_targets();  // xla_door.cc
+std::pair<int, int> xla_interface();  // xla_door.cc
+std::vector<std::pair<const char*, void*>> xla_targets();
 #endif
 }  // namespace simvlm
 
@@ -248,6 +249,7 @@ PYBIND11_MODULE(_cpp, m) {
   m.def("make_mistake", &simvlm::make_mistake);
 #endif
 #ifdef SIMVLM_XLA_DOOR
+  m.attr("xla_interface") = simvlm::xla_interface();
   m.def("xla_targets", &xla_targets, "XLA's handlers by name, for jax.ffi.register_ffi_target.");
 #endif
   m.def("levels", &levels, "(name, runs here) of every compiled CPU level, the plainest first.");

@@ -17,6 +17,7 @@
 
 namespace simvlm {
 
+std::pair<int, int> xla_interface();
 std::vector<std::pair<const char*, void*>> xla_targets();
 
 namespace {
@@ -383,6 +384,9 @@ XLA_FFI_DEFINE_HANDLER(embed_backward_handler, embed_backward,
                            .Attr<int64_t>("threads"));
 
 }  // namespace
+
+// The version of XLA's interface that the handlers are built for: XLA takes its own and older ones.
+std::pair<int, int> xla_interface() { return {XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR}; }
 
 std::vector<std::pair<const char*, void*>> xla_targets() {
   const auto target = [](const char* name, XLA_FFI_Handler* handler) {

@@ -65,10 +65,12 @@ def build(kind: str) -> Path:
     import pybind11
 
     work = ROOT / "build" / f"sanitize-{kind}"
+    setup = runpy.run_path(str(ROOT / "setup.py"))
     configure = [
         *("cmake", f"-S{ROOT}", f"-B{work}", "-GNinja", "-DCMAKE_BUILD_TYPE=None", f"-DSIMVLM_SANITIZE={FLAGS[kind]}"),
         *(f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"),
-        f"-DSIMVLM_SOURCE_HASH={runpy.run_path(str(ROOT / 'setup.py'))['source_hash']()}",
+        f"-DSIMVLM_SOURCE_HASH={setup['source_hash']()}",
+        f"-DSIMVLM_XLA_INCLUDE={setup['xla_include_dir']() if kind == 'address' else ''}",
         f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={work / 'module'}",
     ]
     print(f"test-sanitize: building {work.relative_to(ROOT)}/", flush=True)

@@ -1,5 +1,5 @@
-"""What is JAX's own: transformations, compilation, gradients asked one by one. Parity is asked of every implementation
-elsewhere."""
+"""What is JAX's own in plain JAX: transformations, compilation, gradients asked one by one. Parity is asked of every
+implementation elsewhere."""
 
 from __future__ import annotations
 
@@ -17,6 +17,12 @@ from simvlm.kernels.attention import spec, xla
 
 CASES = {case.name: case for case in spec.CASES}
 TABLE = CASES["decode_chunk_table"]
+
+
+@pytest.fixture(autouse=True)
+def plain_jax(monkeypatch):
+    """Not the first that takes the call, which on a CPU is another."""
+    monkeypatch.setenv("SIMVLM_IMPL", "xla")
 
 
 def _arrays(case, dtype="float32"):

@@ -182,6 +182,7 @@ def test_parity_of_the_installed_wheel(python, level, jobs, environment, outside
     found = _outputs(environment(python), outside, SIMVLM_CPU_LEVEL=level)
     assert list(found["levels"]) == list(CPU_LEVELS)
     assert found["level"] == level
+    assert found["has_xla_door"]
     assert not _misses(jobs, found["outputs"])
 
 

@@ -26,6 +26,7 @@ def main(jobs_file: str, results_file: str) -> None:
         "source_hash": _cpp.source_hash,
         "level": _cpp.level(),
         "levels": dict(_cpp.levels()),
+        "has_xla_door": hasattr(_cpp, "xla_targets"),
         "foreign": sorted({"torch", "jax", "triton"} & set(sys.modules)),
         "outputs": outputs,
     }

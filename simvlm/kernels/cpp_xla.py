@@ -7,7 +7,9 @@ callers, fixed when a call is traced; they are a pool of our own, never torch's.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,15 +27,25 @@ def unavailable() -> str | None:
     why = cpp_module.unavailable()
     if why is not None:
         return why
-    targets = getattr(cpp_module.compiled(), "xla_targets", None)
-    if targets is None:
+    module = cpp_module.compiled()
+    if not hasattr(module, "xla_targets"):
         return "built without jax's headers: install jax, then reinstall"
-    try:
-        for name, handler in targets().items():
-            jax.ffi.register_ffi_target(_target(name), handler, platform="cpu")
-    except Exception as error:  # jaxlib's own class; it refuses handlers built for an interface that it does not know
-        return f"built with the headers of another jax than this {jax.__version__}: reinstall ({error})"
+    built, here = module.xla_interface, _interface()
+    if built[0] != here[0] or built[1] > here[1]:  # XLA would refuse them too, and its whole CPU backend with them
+        return (
+            f"built for version {built[0]}.{built[1]} of XLA's foreign function interface, jax {jax.__version__} has "
+            f"{here[0]}.{here[1]}: upgrade jax, or reinstall with --no-build-isolation"
+        )
+    for name, handler in module.xla_targets().items():
+        jax.ffi.register_ffi_target(_target(name), handler, platform="cpu")
     return None
+
+
+def _interface() -> tuple[int, int]:
+    """The installed XLA's version of the interface; only its headers say it without starting a backend."""
+    header = (Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h").read_text()
+    major, minor = (re.search(rf"define XLA_FFI_API_{part} (\d+)", header) for part in ("MAJOR", "MINOR"))
+    return (int(major[1]), int(minor[1])) if major and minor else (0, 0)
 
 
 def unsupported(x: Array) -> str | None:
@@ -51,15 +63,23 @@ def call(
     Args:
         results: shape and dtype of each result; `NOTHING` for one that is not wanted.
         operands: None for one that there is not.
-        attributes: Python bools, ints and numpy floats.
+        attributes: bools, ints (int64 in C++), floats (double) and numpy scalars.
     """
     arrays = [jnp.zeros(*NOTHING) if x is None else x for x in operands]
     attributes = {key: np.int64(value) if type(value) is int else value for key, value in attributes.items()}
-    varying = frozenset().union(*(jax.typeof(x).mat.varying for x in arrays))  # axes of a mesh, inside shard_map
-    kind = jax.sharding.ManualAxisType(varying=varying)
-    shapes = [jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind) for shape, dtype in results]
+    shapes = [jax.ShapeDtypeStruct(shape, dtype, **_on_mesh(arrays)) for shape, dtype in results]
     called = jax.ffi.ffi_call(_target(name), shapes, vmap_method="expand_dims")
     return called(*arrays, **attributes, threads=np.int64(cpp_module.numpy_threads()))
+
+
+def _on_mesh(operands: Sequence[Array]) -> dict[str, Any]:
+    """Of a result's type inside shard_map: it varies over the mesh's axes as its operands do."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return {}
+    varying = frozenset().union(*(jax.typeof(x).mat.varying for x in operands))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return {"manual_axis_type": jax.sharding.ManualAxisType(varying=varying), "sharding": whole}
 
 
 NOTHING = ((0,), np.float32)
