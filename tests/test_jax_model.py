@@ -78,17 +78,15 @@ def _jax_step(folder, batch, config, **options):
     step = TrainStep(config, Execution(mesh=_mesh(1, 1, 1), **options), OPTIMIZER)
     model, inputs = JaxSimVLM.from_pretrained(folder), _inputs(batch, config)
     params, statistics = nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat)
-    hidden = jax.jit(lambda model, inputs: model(inputs, step.execution, train=True))(
-        model, jax.tree.map(lambda x: x[0], inputs)
-    )
-    tokens = np.float32((batch.targets >= 0).sum())
-    loss, gradients = jax.jit(
-        jax.value_and_grad(
-            lambda params: step._loss(params, statistics, jax.tree.map(lambda x: x[0], inputs), tokens)[0]
-        )
-    )(params)
+    first, tokens = jax.tree.map(lambda x: x[0], inputs), np.float32((batch.targets >= 0).sum())
+
+    def logits(params):
+        model = nnx.merge(step.definition, params, statistics, copy=True)
+        return model.logits(model(first, step.execution, train=True))
+
+    loss, gradients = jax.jit(jax.value_and_grad(lambda params: step._loss(params, statistics, first, tokens)[0]))(params)
     rows = int(batch.decoder_lens.sum())
-    found = {"logits": model.logits(hidden)[0, :rows], "loss": loss}
+    found = {"logits": jax.jit(logits)(params)[0, :rows], "loss": loss}
     found |= {f"d{name}": x for name, x in canonical(gradients).items()}
     state = {"params": params, "statistics": statistics, "optimizer": step.optimizer.init(params)}
     new, sums = step.jitted(state, inputs, np.float32(OPTIMIZER.lr), tokens)

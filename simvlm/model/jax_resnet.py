@@ -82,7 +82,7 @@ class BatchNorm(nnx.Module):
         if live:
             pixels = x.shape[0] * x.shape[1] * x.shape[2]
             for running, new in ((self.running_mean, mean), (self.running_var, var * (pixels / max(pixels - 1, 1)))):
-                running[...] = running[...] + MOMENTUM * (jax.lax.stop_gradient(new) - running[...])
+                running.set_value(running[...] + MOMENTUM * (jax.lax.stop_gradient(new) - running[...]))
         return y
 
 
@@ -117,7 +117,7 @@ class Bottleneck(nnx.Module):
             residual = self.shortcut_norm(self.shortcut(x), execution, train)
         y = self.norm1(self.conv1(x), execution, train)
         y = self.norm2(self.conv2(y), execution, train)
-        return execution.on_units(self.norm3(self.conv3(y), execution, train, residual))
+        return execution.on_images(self.norm3(self.conv3(y), execution, train, residual))
 
 
 class Stage(nnx.Module):
@@ -165,7 +165,7 @@ class ConvStage(nnx.Module):
         mean, std = (255 * jnp.array(x, jnp.float32) for x in (self.config.image_mean, self.config.image_std))
         units = images.shape[:2]
         x = images.reshape(-1, *images.shape[2:])
-        x = execution.on_units(((x - mean) / std).astype(execution.dtype))
+        x = execution.on_images(((x - mean) / std).astype(execution.dtype))
         if self.stem is not None and self.stem_norm is not None:
             x = self.stem_norm(self.stem(x), execution, train)
             if self.config.conv_stem == "resnet":

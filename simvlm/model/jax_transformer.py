@@ -60,6 +60,13 @@ class Execution:
         spec = P(UNITS, *[None] * (x.ndim - 1))
         return jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(self.mesh, spec))
 
+    def on_images(self, x: Array) -> Array:
+        """x[B, …], the pictures of all units spread over the whole mesh, where they divide it."""
+        if self.mesh is None or x.shape[0] % self.mesh.size:
+            return x
+        spec = P(AXES, *[None] * (x.ndim - 1))
+        return jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(self.mesh, spec))
+
     def checkpointed(self, function: Any) -> Any:
         if self.remat == "none":
             return function

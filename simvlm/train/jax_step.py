@@ -156,7 +156,7 @@ class TrainStep:
         return new, Sums(nll, norm, rows)
 
     def _loss(self, params: Any, statistics: Any, inputs: Inputs, denominator: Array) -> tuple[Array, Any]:
-        model = nnx.merge(self.definition, params, statistics)
+        model = nnx.merge(self.definition, params, statistics, copy=True)
         hidden = model(inputs, self.execution, train=True)
         rows = suffix_nll(hidden, model.embedding[...], inputs.targets, self.execution)
         of_source = [jnp.where(inputs.sources == source, rows, 0.0).sum() for source in range(len(SOURCES))]
