@@ -11,6 +11,7 @@ from nvidia_driver import has_gpu
 os.environ.setdefault("TRITON_INTERPRET", "0" if has_gpu() else "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which torch made deterministic refuses cuBLAS
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")  # a mesh to test on
 # Test tensors are tiny: with more threads than one, two test processes would wait for each other at barriers.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -14,7 +14,8 @@ from simvlm.kernels import parity
 from simvlm.kernels.attention import spec as attention_spec
 from simvlm.model import Batch
 from simvlm.model.decoding import Decoding
-from simvlm.model.generate import Sampling, _Search, beam_search, sample_search
+from simvlm.model.generate import Sampling, beam_search, sample_search
+from simvlm.model.search import _Search
 
 BOS, EOS = 1, 2
 MAX_LEN = 8

@@ -84,9 +84,11 @@ def _jax_step(folder, batch, config, **options):
         model = nnx.merge(step.definition, params, statistics, copy=True)
         return model.logits(model(first, step.execution, train=True))
 
-    loss, gradients = jax.jit(jax.value_and_grad(lambda params: step._loss(params, statistics, first, tokens)[0]))(params)
+    loss, gradients = jax.jit(jax.value_and_grad(lambda params: step._loss(params, statistics, first, tokens)[0]))(
+        params
+    )
     rows = int(batch.decoder_lens.sum())
-    found = {"logits": jax.jit(logits)(params)[0, :rows], "loss": loss}
+    found = {"logits": jax.jit(logits)(params)[0, :rows], "loss": value}
     found |= {f"d{name}": x for name, x in canonical(gradients).items()}
     state = {"params": params, "statistics": statistics, "optimizer": step.optimizer.init(params)}
     new, sums = step.jitted(state, inputs, np.float32(OPTIMIZER.lr), tokens)
@@ -106,8 +108,12 @@ def _compare(model, config, batch, folder, **options):
     for found in (truth, yardstick):
         found["logits"] = found["logits"][:rows]
     assert set(got) == set(truth)
-    for name in truth:
-        _close(name, got[name], truth[name], yardstick[name])
+    for name, expected in truth.items():
+        # Adam's first step is g / (|g| + 1e-8): where g is next to nothing its sign is anyone's.
+        clear = np.abs(truth.get(name.replace("new ", "d"), np.ones(1))) > 1e-4
+        clear = clear if name.startswith("new ") else True
+        parts = (np.where(clear, x, 0.0) for x in (got[name], expected, yardstick[name]))
+        _close(name, *parts)
 
 
 @pytest.mark.parametrize("name", MODELS)

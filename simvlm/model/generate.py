@@ -1,12 +1,6 @@
 """Writing and judging texts: beam search, greedy, sampling, log-probabilities, for a batch of images and prompts.
 
-Texts are token ids; a tokenizer stands before and after. Beam search keeps K live hypotheses per item, with the score
-
-    Σ ln p / ((5 + len) / 6)^0.6        (Wu et al. 2016, eq. 14), the end counted in len
-
-A hypothesis is finished when its end is among the K best continuations. An item is done when K have finished, or when
-no live one can still win: Σ ln p only falls, so its score is at most Σ ln p / ((5 + max_len) / 6)^0.6. At the length
-limit the live ones stand as they are. Ties go to the lowest id. A beam of one is greedy search.
+Texts are token ids; a tokenizer stands before and after. How beam search chooses is search.py's.
 """
 
 from __future__ import annotations
@@ -21,27 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simvlm.model.batch import IGNORED, IMAGE_TEXT, TEXT_ONLY, Batch
+from simvlm.model import search
+from simvlm.model.batch import IGNORED
 from simvlm.model.decoding import Decoding
+from simvlm.model.items import BOS, EOS, PAD, Images, batch_of
 from simvlm.model.noise import mix, uniform
+from simvlm.model.search import Generated
 from simvlm.model.torch_model import SimVLM
 
-PAD, BOS, EOS = 0, 1, 2
-ALPHA = 0.6
 _ROWS = 4096  # of logits at once
 
-Images = Sequence[np.ndarray | None] | np.ndarray | None
 Step = Callable[[Tensor, int, Tensor | None], Tensor]
 """`Decoding.step`: last tokens, how many came before, parents → logits [n·K, V]."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Generated:
-    """One text: its ids without the end, its normalized log-probability, and whether it ended before the limit."""
-
-    tokens: tuple[int, ...]
-    score: float
-    finished: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,7 +77,7 @@ def generate(
         raise ValueError(f"generate: beam must be 1 with sample, got {beam}")
     if 2 * beam > model.config.vocab_size:
         raise ValueError(f"generate: beam must be at most half the vocabulary, {model.config.vocab_size}, got {beam}")
-    batch = _batch("generate", model, images, prompts, None)
+    batch = batch_of("generate", model.config, images, prompts, None)
     count = len(batch.has_image)
     if not count:
         return []
@@ -112,7 +97,7 @@ def score(
         model, images, prompts: as for `generate`.
         texts: n texts as token ids, without BOS or EOS.
     """
-    batch = _batch("score", model, images, prompts, texts)
+    batch = batch_of("score", model.config, images, prompts, texts)
     with _evaluating(model):
         inputs = batch.inputs(model.config).to(model.device)
         hidden = model(inputs)
@@ -128,8 +113,8 @@ def score(
 
 def encode_image(model: SimVLM, images: np.ndarray | Tensor) -> Tensor:
     """Final states of images alone, float[Bi, I, D], from uint8[Bi, S, S, 3]; in eval mode, without gradients."""
-    batch = _batch(
-        "encode_image", model, np.asarray(images.cpu() if isinstance(images, Tensor) else images), None, None
+    batch = batch_of(
+        "encode_image", model.config, np.asarray(images.cpu() if isinstance(images, Tensor) else images), None, None
     )
     with _evaluating(model):
         states = model.encode(batch.inputs(model.config).to(model.device))
@@ -137,27 +122,16 @@ def encode_image(model: SimVLM, images: np.ndarray | Tensor) -> Tensor:
 
 
 def beam_search(step: Step, count: int, beam: int, max_len: int, device: torch.device) -> list[Generated]:
-    """The best hypothesis of each item; see the module's docstring."""
-    searches = [_Search(beam, max_len) for _ in range(count)]
-    tokens = torch.full((count * beam,), BOS, device=device)
-    parents = None
-    for time in range(max_len):
-        log_p = _log_p(step(tokens, time, parents))
-        vocabulary = log_p.shape[1]
-        live = log_p.new_tensor([score for search in searches for score in search.scores])
-        totals = (live[:, None] + log_p).reshape(count, beam * vocabulary)
-        values, ids = _first_best(totals, 2 * beam)
-        for search, row, flat in zip(searches, values.tolist(), ids.tolist(), strict=True):
-            search.advance([(value, *divmod(i, vocabulary)) for value, i in zip(row, flat, strict=True)])
-        if all(search.done for search in searches):
-            break
-        tokens = torch.tensor([token for search in searches for token in search.last], device=device)
-        if beam == 1:
-            continue
-        parents = torch.tensor(
-            [item * beam + parent for item, search in enumerate(searches) for parent in search.parents], device=device
-        )
-    return [search.best() for search in searches]
+    """The best hypothesis of each item; see search.py."""
+
+    def best(tokens: list[int], time: int, parents: list[int] | None, scores: list[float]) -> search.Continuations:
+        of_parents = None if parents is None else torch.tensor(parents, device=device)
+        log_p = _log_p(step(torch.tensor(tokens, device=device), time, of_parents))
+        totals = (log_p.new_tensor(scores)[:, None] + log_p).reshape(count, -1)
+        values, ids = (x.cpu().numpy() for x in _first_best(totals, 2 * beam))
+        return values, *divmod(ids, log_p.shape[1])
+
+    return search.beam_search(best, count, beam, max_len)
 
 
 def sample_search(step: Step, count: int, sampling: Sampling, max_len: int, device: torch.device) -> list[Generated]:
@@ -182,58 +156,9 @@ def sample_search(step: Step, count: int, sampling: Sampling, max_len: int, devi
         if all(finished):
             break
     return [
-        Generated(tuple(text), total / _norm(len(text) + ended), ended)
+        Generated(tuple(text), total / search.norm(len(text) + ended), ended)
         for text, total, ended in zip(texts, totals, finished, strict=True)
     ]
-
-
-class _Search:
-    """One item's hypotheses, on the host."""
-
-    def __init__(self, beam: int, max_len: int) -> None:
-        self.beam, self.max_len = beam, max_len
-        self.done = False
-        self.finished: list[Generated] = []
-        # At first all beams are the same: one of them may go on.
-        self.scores = [0.0] + [-math.inf] * (beam - 1)
-        self.texts: list[tuple[int, ...]] = [()] * beam
-        self.parents = list(range(beam))
-
-    @property
-    def last(self) -> list[int]:
-        return [text[-1] if text else PAD for text in self.texts]
-
-    def advance(self, candidates: list[tuple[float, int, int]]) -> None:
-        """Takes the 2K best (Σ ln p, parent, token), best first."""
-        if self.done:
-            self.parents = list(range(self.beam))
-            return
-        live: list[tuple[float, int, tuple[int, ...]]] = []
-        for rank, (value, parent, token) in enumerate(candidates):
-            text = self.texts[parent]
-            if token == EOS:
-                if rank < self.beam and len(self.finished) < self.beam and value > -math.inf:
-                    self.finished.append(Generated(text, value / _norm(len(text) + 1), True))
-            elif len(live) < self.beam:
-                live.append((value, parent, (*text, token)))
-        self.scores = [value for value, _, _ in live]
-        self.parents = [parent for _, parent, _ in live]
-        self.texts = [text for _, _, text in live]
-        best_possible = max(self.scores) / _norm(self.max_len)
-        self.done = len(self.finished) >= self.beam or any(text.score >= best_possible for text in self.finished)
-
-    def best(self) -> Generated:
-        texts = list(self.finished)
-        if not self.done:
-            texts += [
-                Generated(text, value / _norm(len(text)), False)
-                for value, text in zip(self.scores, self.texts, strict=True)
-            ]
-        return max(texts, key=lambda text: text.score)  # the first of equals
-
-
-def _norm(length: int) -> float:
-    return ((5 + length) / 6) ** ALPHA
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -282,50 +207,6 @@ def _evaluating(model: SimVLM) -> Iterator[None]:
             yield
     finally:
         model.train(training)
-
-
-def _batch(
-    op: str,
-    model: SimVLM,
-    images: Images,
-    prompts: Sequence[Sequence[int]] | None,
-    texts: Sequence[Sequence[int]] | None,
-) -> Batch:
-    """The packed batch of some items; without texts its decoder part is empty."""
-    given = {"images": images, "prompts": prompts, "texts": texts}
-    counts = {name: len(value) for name, value in given.items() if value is not None}
-    if len(set(counts.values())) != 1:
-        raise ValueError(f"{op}: images, prompts and texts must be equally many, got {counts or 'none of them'}")
-    (count,) = set(counts.values())
-    side, vocabulary = model.config.image_size, model.config.vocab_size
-    pictures = [None] * count if images is None else list(images)
-    for i, picture in enumerate(pictures):
-        shape = (side, side, 3)
-        if picture is not None and (picture.dtype != np.uint8 or picture.shape != shape):
-            raise ValueError(
-                f"{op}: images must be uint8{list(shape)}, got {picture.dtype}{list(picture.shape)} at {i}"
-            )
-    prompts = [[]] * count if prompts is None else prompts
-    for name, many in (("prompts", prompts), ("texts", texts or [])):
-        for i, ids in enumerate(many):
-            if not all(0 <= token < vocabulary for token in ids):
-                raise ValueError(f"{op}: {name} must be token ids below {vocabulary}, got {list(ids)} at {i}")
-            if name == "prompts" and not len(ids) and pictures[i] is None:
-                raise ValueError(f"{op}: prompts must not be empty where there is no image, got an empty one at {i}")
-    real = [picture for picture in pictures if picture is not None]
-    prompt_lens = np.array([len(ids) for ids in prompts], np.int32)
-    text_lens = np.array([len(ids) + 1 for ids in texts] if texts is not None else [0] * count, np.int32)
-    return Batch(
-        images=np.stack(real) if real else np.zeros((0, side, side, 3), np.uint8),
-        has_image=np.array([picture is not None for picture in pictures], bool),
-        encoder_text=np.array([token for ids in prompts for token in ids], np.int32),
-        encoder_text_lens=prompt_lens,
-        decoder_inputs=np.array([token for ids in texts or [] for token in (BOS, *ids)], np.int32),
-        targets=np.array([token for ids in texts or [] for token in (*ids, EOS)], np.int32),
-        decoder_lens=text_lens,
-        sources=np.array([TEXT_ONLY if picture is None else IMAGE_TEXT for picture in pictures], np.int8),
-        sample_ids=np.arange(count),
-    )
 
 
 def _at_least_one(op: str, name: str, value: int) -> None:

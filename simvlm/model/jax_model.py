@@ -11,8 +11,9 @@ No dropout and no stochastic depth: this is pretraining's and inference's model.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,9 @@ from simvlm.model.batch import Inputs
 from simvlm.model.config import SimVLMConfig
 from simvlm.model.jax_resnet import ConvStage
 from simvlm.model.jax_transformer import INIT_STD, UNITS, Array, Execution, Linear, Stack, per_unit, precision
+
+if TYPE_CHECKING:
+    from simvlm.model.search import Generated
 
 jax.tree_util.register_dataclass(Inputs, [field.name for field in dataclasses.fields(Inputs)], [])
 
@@ -78,7 +82,7 @@ class SimVLM(nnx.Module):
 
     def encode(self, inputs: Inputs, execution: Execution = PLAIN, *, train: bool = False) -> Array:
         """Final encoder states, float32[U, R, D]; of a decoder-only model those of its only stack, suffix included."""
-        rows = self._embed(inputs, execution, train)
+        rows = self.embed(inputs, execution, train=train)
         stack = self.decoder if self.encoder is None else self.encoder
         return stack(rows, inputs.layout, execution)
 
@@ -96,6 +100,20 @@ class SimVLM(nnx.Module):
         """float32[…, V]: the states against the embedding; tied, no bias."""
         return tied_logits(hidden, self.embedding[...], execution.dtype)
 
+    def generate(
+        self,
+        images: Any,
+        prompts: Sequence[Sequence[int]] | None = None,
+        *,
+        beam: int = 1,
+        max_len: int = 30,
+        execution: Execution = PLAIN,
+    ) -> list[Generated]:
+        """What the model writes after each image and prompt; see `simvlm.model.jax_generate.generate`."""
+        from simvlm.model.jax_generate import generate
+
+        return generate(self, images, prompts, beam=beam, max_len=max_len, execution=execution)
+
     def save_pretrained(self, folder: str | Path, tokenizer: Any = None) -> None:
         """Weights, config and tokenizer into one folder; see `simvlm.model.jax_weights.save_pretrained`."""
         from simvlm.model.jax_weights import save_pretrained
@@ -109,8 +127,8 @@ class SimVLM(nnx.Module):
 
         return from_pretrained(folder, image_size=image_size)
 
-    def _embed(self, inputs: Inputs, execution: Execution, train: bool) -> Array:
-        """The first rows: patches, projected, and text, each with its position."""
+    def embed(self, inputs: Inputs, execution: Execution = PLAIN, *, train: bool = False) -> Array:
+        """The first rows, float32[U, R, D]: patches, projected, and text, each with its position."""
         dtype = execution.dtype
         features = self.conv(inputs.images, execution, train).astype(dtype)
         text = self.embed_text(inputs.text, inputs.text_positions).astype(dtype)

@@ -190,11 +190,12 @@ class Attention(nnx.Module):
             rel_bias = nnx.Param(INIT_STD * jax.random.normal(options["rngs"].params(), shape))
         self.rel_bias = rel_bias
 
-    def __call__(self, x: Array, layout: PrefixLayout, execution: Execution) -> Array:
+    def __call__(self, x: Array, layout: PrefixLayout, execution: Execution) -> tuple[Array, tuple[Array, Array]]:
+        """The attention's share of x, and its keys and values."""
         qkv = self.qkv(x, execution.dtype)
         q, k, v = (qkv[:, :, part] for part in range(3))
         table = None if self.rel_bias is None else self.rel_bias[...]
-        return self.out(attend(execution, q, k, v, layout, table), execution.dtype)
+        return self.out(attend(execution, q, k, v, layout, table), execution.dtype), (k, v)
 
 
 class CrossAttention(nnx.Module):
@@ -251,13 +252,15 @@ class Layer(nnx.Module):
         execution: Execution,
         states: Array | None = None,
         cross_layout: PrefixLayout | None = None,
-    ) -> Array:
-        x = x + self.attention(self.attention_norm(x), layout, execution)
+    ) -> tuple[Array, tuple[Array, Array]]:
+        """The next x, and the self-attention's keys and values."""
+        share, memory = self.attention(self.attention_norm(x), layout, execution)
+        x = x + share
         if self.cross is not None and self.cross_norm is not None:
             assert states is not None
             assert cross_layout is not None
             x = x + self.cross(self.cross_norm(x), states, cross_layout, execution)
-        return execution.on_units(x + self.mlp(self.mlp_norm(x), execution))
+        return execution.on_units(x + self.mlp(self.mlp_norm(x), execution)), memory
 
 
 class Stack(nnx.Module):
@@ -279,7 +282,13 @@ class Stack(nnx.Module):
         definition, stacked = nnx.split(self.layers)
 
         def layer(x: Array, own: Any) -> tuple[Array, None]:
-            return nnx.merge(definition, own)(x, layout, execution, states, cross_layout), None
+            return nnx.merge(definition, own)(x, layout, execution, states, cross_layout)[0], None
 
         x, _ = execution.over_depth(layer, x, stacked)
         return self.norm(x)
+
+    def memory(self, x: Array, layout: PrefixLayout, execution: Execution) -> tuple[Array, Array]:
+        """The self-attention's keys and values of every row and layer, each [L, U, R, N, H]."""
+        definition, stacked = nnx.split(self.layers)
+        _, memory = execution.over_depth(lambda x, own: nnx.merge(definition, own)(x, layout, execution), x, stacked)
+        return memory

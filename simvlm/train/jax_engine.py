@@ -193,7 +193,7 @@ def mesh_of(settings: JaxSettings, devices: list[Any], config: SimVLMConfig) -> 
     """The mesh of the settings over these devices.
 
     Raises:
-        ValueError: it does not divide the devices, or the model the mesh.
+        ValueError: it wants more devices than there are, or does not divide the model.
     """
     shape = dict(zip(AXES, settings.mesh, strict=True))
     if shape["data"] == 0:
@@ -201,12 +201,13 @@ def mesh_of(settings: JaxSettings, devices: list[Any], config: SimVLMConfig) -> 
         if len(devices) % rest:
             raise ValueError(f"jax.mesh: fsdp · tensor must divide the {len(devices)} devices, got {rest}")
         shape["data"] = len(devices) // rest
-    if math.prod(shape.values()) != len(devices):
-        raise ValueError(f"jax.mesh must be of {len(devices)} devices, got {tuple(shape.values())}")
+    size = math.prod(shape.values())
+    if size > len(devices) or (size < len(devices) and jax.process_count() > 1):
+        raise ValueError(f"jax.mesh must be of the {len(devices)} devices, got {tuple(shape.values())}")
     for name in ("num_heads", "width", "mlp_dim"):
         if getattr(config, name) % shape["tensor"]:
             raise ValueError(f"jax.mesh: tensor must divide {name} = {getattr(config, name)}, got {shape['tensor']}")
-    return Mesh(np.array(devices).reshape(*shape.values()), AXES)
+    return Mesh(np.array(devices[:size]).reshape(*shape.values()), AXES)
 
 
 def row_multiple(settings: PretrainSettings, config: SimVLMConfig, parts: int) -> int:

@@ -156,7 +156,7 @@ def _packed(
     for _ in range(_SIMULATED_STEPS):
         encoder = rng.integers(np.where(has_image, 0, 1), lens)
         owner = units.dealt(encoder, lens - encoder, has_image, parts)
-        rows = [np.bincount(owner, part, parts).max() for part in (encoder, lens - encoder)]
+        rows = [int(np.bincount(owner, part, parts).max()) for part in (encoder, lens - encoder)]
         most = np.maximum(most, rows)
     room = (-(-most // _ROWS) * _ROWS).tolist()
     images = pairs // parts
