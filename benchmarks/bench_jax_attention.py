@@ -7,6 +7,7 @@ The difference between those two is what JAX pays for the door. Beside them stan
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -31,12 +32,14 @@ CASES = ("pretrain",)
 TORCH = "simvlm cpp, torch"
 
 Attend = Callable[..., Any]
-"""(q, k, v, table or None) → out, jax arrays as the case stores them."""
+"""(q, k, v, table or None, prepared) → out, jax arrays as the case stores them."""
 
 
 def bench_jax_attention(
     stopwatch: Stopwatch, benchmark: Any, settings: Settings, case: str, dtype: str, direction: str
 ) -> None:
+    if settings.device != "cpu":
+        pytest.skip("the C++ kernels run on the CPU")
     found = named(case)
     problem = Problem(found, dtype, "cpu")
     subject = Subject(
@@ -76,30 +79,42 @@ def contestants(problem: Problem, direction: str) -> tuple[list[Contestant], lis
     found.append(dataclasses.replace(torch_row, name=TORCH, what="the same kernels on torch tensors"))
     if problem.case.padded is not None:
         what = "jax.jit of jax.nn.dot_product_attention; every call spreads the table and adds the mask"
-        found.append(contestant(problem, direction, "dot_product, bias built", what, "peer", _dense(problem, None)))
+        parts = _mask_and_index(problem)
+        built = contestant(problem, direction, "dot_product, bias built", what, "peer", _bias_built(problem), parts)
+        found.append(built)
         if direction == "forward":
             what = "the same; the dense mask + bias was built before, as if it cost nothing"
-            ready = _dense(problem, problem.table)
-            found.append(contestant(problem, direction, "dot_product, bias ready", what, "peer", ready))
+            table = None if problem.table is None else _jax(problem.table)
+            ready = _bias(table, problem.dtype, *parts)
+            name, attend = "dot_product, bias ready", _bias_ready(problem)
+            found.append(contestant(problem, direction, name, what, "peer", attend, ready))
     return found, refused, red
 
 
-def contestant(problem: Problem, direction: str, name: str, what: str, kind: str, attend: Attend) -> Contestant:
-    """`call` returns (out,) or (out, dq, dk, dv[, dtable]) of one jitted program, when they are there."""
+def contestant(
+    problem: Problem, direction: str, name: str, what: str, kind: str, attend: Attend, prepared: Any = None
+) -> Contestant:
+    """`call` returns (out,) or (out, dq, dk, dv[, dtable]) of one jitted program, when they are there.
+
+    Args:
+        prepared: arrays made once a batch; the program's arguments, for XLA computes with constants as it compiles.
+    """
     arrays = {name: _jax(x) for name, x in problem.stored.items()}
     leaves = [arrays[name] for name in ("q", "k", "v", "rel_bias") if name in arrays]
 
-    def forward(*leaves: Any) -> Any:
-        return attend(*leaves, *(() if len(leaves) == 4 else (None,)))
+    def forward(prepared: Any, *leaves: Any) -> Any:
+        q, k, v, *table = leaves
+        return attend(q, k, v, table[0] if table else None, prepared)
 
-    def both(dout: Any, *leaves: Any) -> Any:
-        out, pull = jax.vjp(forward, *leaves)
+    @jax.jit
+    def program(prepared: Any, dout: Any, *leaves: Any) -> tuple[Any, ...]:
+        if direction == "forward":
+            return (forward(prepared, *leaves),)
+        out, pull = jax.vjp(functools.partial(forward, prepared), *leaves)
         return (out, *pull(dout))
 
-    program = jax.jit(both) if direction == "both" else jax.jit(lambda dout, *leaves: (forward(*leaves),))
-
     def call() -> tuple[Any, ...]:
-        return jax.block_until_ready(program(arrays["dout"], *leaves))
+        return jax.block_until_ready(program(prepared, arrays["dout"], *leaves))
 
     def error(result: tuple[Any, ...]) -> float:
         return problem.error(torch.from_numpy(np.array(result[0], np.float32)), packed=True)
@@ -109,31 +124,34 @@ def contestant(problem: Problem, direction: str, name: str, what: str, kind: str
 
 def _public(problem: Problem, impl: str) -> Attend:
     layout, scale = problem.case.layout(), problem.case.scale
-    return lambda q, k, v, table: prefix_attention(q, k, v, layout, rel_bias=table, scale=scale, impl=impl)
+    return lambda q, k, v, table, _: prefix_attention(q, k, v, layout, rel_bias=table, scale=scale, impl=impl)
 
 
-def _dense(problem: Problem, table: torch.Tensor | None) -> Attend:
-    """Over padded storage; with `table` the bias is built here and now, and not from the call's."""
-    mask = jnp.asarray(problem.mask.numpy())[:, None]
-    index = None if problem.bias_index is None else jnp.asarray(problem.bias_index.numpy(), jnp.int32)
-
-    def bias(table: Any, dtype: Any) -> Any:
-        """[B or 1, N or 1, T, S]"""
-        if table is None or index is None:
-            return jnp.zeros((1, 1, *mask.shape[2:]), dtype)
-        flat = jnp.pad(table.reshape(len(table), -1), ((0, 0), (0, 1)))
-        return jnp.moveaxis(flat[:, index], 0, 1).astype(dtype)
-
-    ready = None
-    if table is not None:
-        built = bias(_jax(table), _jax(problem.stored["q"]).dtype)
-        ready = jax.block_until_ready(jnp.where(mask, built, -jnp.inf))
-
-    def attend(q: Any, k: Any, v: Any, table: Any) -> Any:
-        dense = jnp.where(mask, bias(table, q.dtype), -jnp.inf) if ready is None else ready
-        return jax.nn.dot_product_attention(q, k, v, bias=dense, scale=problem.scale)
+def _bias_built(problem: Problem) -> Attend:
+    def attend(q: Any, k: Any, v: Any, table: Any, prepared: Any) -> Any:
+        return jax.nn.dot_product_attention(q, k, v, bias=_bias(table, q.dtype, *prepared), scale=problem.scale)
 
     return attend
+
+
+def _bias_ready(problem: Problem) -> Attend:
+    def attend(q: Any, k: Any, v: Any, table: Any, prepared: Any) -> Any:
+        return jax.nn.dot_product_attention(q, k, v, bias=prepared, scale=problem.scale)
+
+    return attend
+
+
+def _mask_and_index(problem: Problem) -> tuple[Any, Any]:
+    index = None if problem.bias_index is None else jnp.asarray(problem.bias_index.numpy(), jnp.int32)
+    return jnp.asarray(problem.mask.numpy())[:, None], index
+
+
+def _bias(table: Any, dtype: Any, mask: Any, index: Any) -> Any:
+    """[B, N or 1, T, S]: the table spread over pairs of patches where seen, -inf elsewhere."""
+    if table is None or index is None:
+        return jnp.where(mask, jnp.zeros((), dtype), -jnp.inf)
+    flat = jnp.pad(table.reshape(len(table), -1), ((0, 0), (0, 1)))
+    return jnp.where(mask, jnp.moveaxis(flat[:, index], 0, 1).astype(dtype), -jnp.inf)
 
 
 def _jax(x: torch.Tensor) -> Any:
