@@ -84,6 +84,8 @@ def goals(contests: Iterable[Contest], op: str, device: str) -> list[Goal]:
         return list(_GPU[op](run)) if op in _GPU else []
     if op == "prefix_attention":
         return [goal for dtype in DTYPES for goal in _attention(run, dtype)]
+    if op == "jax_attention":
+        return [goal for dtype in DTYPES for goal in _jax_attention(run, dtype)]
     return [_ratio(run, dtype, *row) for row in _RATIOS.get(op, ()) for dtype in DTYPES]
 
 
@@ -188,6 +190,16 @@ def _attention(run: _Run, dtype: str) -> Iterable[Goal]:
         return gain / (products[0] / products[1])
 
     yield goal("pretrain: what all threads gain over one, against the same of a plain product", 0.95, scaling)
+
+
+def _jax_attention(run: _Run, dtype: str) -> Iterable[Goal]:
+    for direction, words in _WORDS.items():
+
+        def over_torch(direction: str = direction) -> float:
+            return 1 / run.row("pretrain", dtype, direction, "simvlm cpp, torch")["ratio"]
+
+        what = f"pretrain: {words}, the time of the C++ kernels called by JAX over that of torch's call"
+        yield _goal(what, dtype, 1.1, over_torch, at_most=True)
 
 
 # ---- GPU: bfloat16, in which such models are trained -----------------------------------------------------------------

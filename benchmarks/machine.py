@@ -70,7 +70,7 @@ def facts(device: str) -> dict[str, Any]:
 
 def _versions(device: str) -> dict[str, str]:
     versions = {"python": platform.python_version()}
-    for package in ("simvlm", "torch", "triton", "numpy"):
+    for package in ("simvlm", "torch", "triton", "jax", "numpy"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

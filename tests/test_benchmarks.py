@@ -20,6 +20,7 @@ from benchmarks import (
     bench_batch_norm,
     bench_demo_step,
     bench_embed,
+    bench_jax_attention,
     bench_stem_step,
     machine,
     record,
@@ -189,6 +190,27 @@ def test_every_contestant_computes_the_same(case: Case, direction: str) -> None:
             )
 
 
+@pytest.mark.parametrize("direction", ["forward", "both"])
+def test_every_contestant_of_jax_computes_the_same(direction: str) -> None:
+    case = next(case for case in TINY if case.padded is not None and case.has_table)
+    problem = Problem(case, "float32", "cpu")
+    want = bench_attention.contestant(problem, direction, bench_attention.public("reference"), "peer").call()
+    found, refused, red = bench_jax_attention.contestants(problem, direction)
+    assert [one.name for one in found if one.kind == "ours"] == ["simvlm cpp", "simvlm xla"]
+    assert len(found) == (5 if direction == "forward" else 4)
+    assert not refused + red
+    axes = dict(zip(("out", "dq", "dk", "dv", "drel_bias"), "qqkk ", strict=True))
+    for one in found:
+        got = one.call()
+        assert one.error is not None
+        assert one.error(got) < 1e-6
+        for (name, axis), x, y in zip(axes.items(), got, want, strict=False):
+            pair = [torch.from_numpy(np.array(z.detach() if isinstance(z, torch.Tensor) else z)) for z in (x, y)]
+            if axis != " ":
+                pair = [problem.real(z, axis, packed=True) for z in pair]
+            torch.testing.assert_close(*pair, msg=lambda text, one=one, name=name: f"{one.name} {name}: {text}")
+
+
 @pytest.mark.parametrize("name", ["captions", "captions_cross"])
 def test_captions_padded_to_256_are_the_same(name: str) -> None:
     problem = Problem(named(name), "float32", "cpu")
@@ -216,7 +238,7 @@ def test_goals_are_measured_met_missed_or_missing() -> None:
             "case": case,
             "dtype": "float32",
             "direction": "forward",
-            "baseline": "ours",
+            "baseline": next(iter(rows)),
             "yardsticks": {name: [value, value] for name, value in yard.items()},
             "rows": [
                 {"name": name, "kind": kind, "reason": None, "ratio": ratio, "gflops": gflops, "gbytes_per_s": 17.0}
@@ -234,6 +256,10 @@ def test_goals_are_measured_met_missed_or_missing() -> None:
     decode = found["decode: bytes read and written as a share of a copy's"]
     assert (decode.measured, decode.met) == (85.0, True)
     assert found["px480: forward against SDPA, bias ready"].met is None
+    through_jax = contest("pretrain", {"simvlm cpp": ("ours", 1, 1), "simvlm cpp, torch": ("variant", 0.8, 1)})
+    over_torch, *missing = goals([through_jax], "jax_attention", "cpu")
+    assert (over_torch.measured, over_torch.met) == (1.25, False)
+    assert [goal.met for goal in missing] == [None] * 3
     assert goals([pretrain], "another_op", "cpu") == goals([pretrain], "another_op", "cuda") == []
 
 
@@ -360,7 +386,7 @@ def test_benchmark_cases_of_the_stem_have_the_models_shapes() -> None:
     assert bench_embed.described(embeds["base_b8"]) == (
         "8 sequences, packed, 8 images of 14×14 patches, 32–256 text rows, 1024 channels, width 768"
     )
-    for module in (bench_batch_norm, bench_embed, bench_stem_step, bench_demo_step):
+    for module in (bench_batch_norm, bench_embed, bench_jax_attention, bench_stem_step, bench_demo_step):
         assert module.selection([], [], quick=True)
         with pytest.raises(ValueError, match="case must be"):
             module.selection(["nonsense"], [], quick=False)
