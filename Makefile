@@ -18,6 +18,9 @@ STAMP := $(VENV)/.simvlm-setup
 # What the environment and the compiled module are made from: a change of its hash makes both anew.
 INPUTS := csrc CMakeLists.txt setup.py pyproject.toml requirements
 
+# Cases that `make test-xla` must pass, in two dtypes. It spends its time compiling: XLA's optimizer is off.
+XLA_PARITY := prefix_attention/torch/xla=43x2 batch_norm_act/torch/xla=46x2 embed_sequence/torch/xla=25x2
+
 # What `make wheel` builds for, commands or paths: .venv's interpreter, and of each other version from 3.11 to 3.14 the
 # first one, on PATH or under pyenv, that can build (it has venv and Python.h).
 PYTHONS ?= $(PY) $(shell own=$$($(PY) -c 'import sys; print(sys.version_info.minor)'); \
@@ -29,7 +32,7 @@ PYTHONS ?= $(PY) $(shell own=$$($(PY) -c 'import sys; print(sys.version_info.min
     done; \
   done)
 
-.PHONY: help setup check format test test-full test-sanitize wheel test-wheel bench gpu-compile demo quick clean
+.PHONY: help setup check format test test-full test-sanitize test-xla wheel test-wheel bench gpu-compile demo quick clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -65,13 +68,24 @@ format: setup ## rewrite the sources as `make check` wants them
 	@$(VENV)/bin/clang-format -i csrc/*.h csrc/*.cc tests/*.cc
 
 test: setup ## the core tier of every test; ends with a table of what ran on which implementation
-	@$(RUN) -m pytest $(WORKERS) -m "not full and not wheel"
+	@$(RUN) -m pytest $(WORKERS) -m "not full and not wheel and not xla"
 
 test-full: setup ## every test of the sources, the long tier included
-	@$(RUN) -m pytest $(WORKERS) -m "not wheel"
+	@$(RUN) -m pytest $(WORKERS) -m "not wheel and not xla"
 
 test-sanitize: setup ## the C++ kernels under the address, undefined-behaviour and thread sanitizers
 	@$(RUN) tests/sanitize.py
+
+test-xla: ## the torch-xla implementations on XLA's CPU, in .venv-xla/: torch_xla wants a torch of its own, 7 GB of disk
+	@packages=$$(sha256sum requirements/xla.txt | cut -c1-16); \
+	if [ "$$(cat .venv-xla/.packages 2>/dev/null || true)" != "$$packages" ]; then \
+	  echo "installing requirements/xla.txt into .venv-xla/"; \
+	  [ -x .venv-xla/bin/python ] || $(PYTHON) -m venv .venv-xla; \
+	  .venv-xla/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r requirements/xla.txt; \
+	  echo "$$packages" > .venv-xla/.packages; \
+	fi
+	@PJRT_DEVICE=CPU XLA_FLAGS=--xla_backend_optimization_level=0 SIMVLM_MIN_PARITY="$(XLA_PARITY)" \
+	  .venv-xla/bin/python -m pytest -n 2 --dist worksteal -m xla tests/test_torch_xla.py
 
 wheel: setup ## dist/: the sdist, and from it a manylinux wheel for each of PYTHONS="python3.12 …" (default: all found)
 	@rm -rf dist build/wheel; mkdir -p dist build/wheel/empty
@@ -105,4 +119,4 @@ quick: setup ## in less than a minute: what runs here, that it is right, how fas
 	@$(RUN) -m benchmarks.quick
 
 clean: ## remove everything that was built, .venv/ included
-	rm -rf $(VENV) build dist *.egg-info simvlm/_cpp*.so simvlm/_cpp_build_error.txt
+	rm -rf $(VENV) .venv-xla build dist *.egg-info simvlm/_cpp*.so simvlm/_cpp_build_error.txt

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from simvlm.kernels import dispatch, implementations, parity
+from simvlm.kernels import dispatch, implementations, parity, xla_device
 from simvlm.kernels.attention import cpp_cpu
 from simvlm.kernels.attention import spec as attention_spec
 from simvlm.kernels.stem import batch_norm_spec, embed_spec
@@ -22,7 +22,13 @@ CPU_LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
 INTERPRETED_TILES = 200
 
 
+def _is_torch_xla(status: dispatch.Status) -> bool:
+    return (status.family, status.name) == ("torch", "xla")
+
+
 def _variants(status: dispatch.Status) -> list[str]:
+    if _is_torch_xla(status):
+        return ["xla@cpu-tensors"]
     return [f"cpp@{level}" for level in CPU_LEVELS] if status.name == "cpp" else [status.name]
 
 
@@ -82,11 +88,19 @@ def cpu_level():
         module.select_level(None)
 
 
+def take_cpu_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the torch-xla implementation, plain torch operations, take CPU tensors; `make test-xla` has XLA's."""
+    monkeypatch.setattr(xla_device, "unavailable", lambda: None)
+    monkeypatch.setattr(xla_device, "unsupported", lambda name, x: None)
+
+
 @pytest.mark.parametrize(("spec", "case", "status", "variant", "dtype"), _cases())
-def test_parity(spec, case, status, variant, dtype, cpu_level):
-    if not status.available:
+def test_parity(spec, case, status, variant, dtype, cpu_level, monkeypatch):
+    if _is_torch_xla(status):
+        take_cpu_tensors(monkeypatch)
+    elif not status.available:
         pytest.fail(f"{status.name} ought to run here: {status.reason}")
-    if "@" in variant:
+    elif "@" in variant:
         cpu_level(variant.partition("@")[2])
     found = parity.violations(spec, case, status.family, status.name, dtype)
     assert not found, "\n".join(map(str, found))

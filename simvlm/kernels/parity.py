@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import math
 from types import ModuleType
 from typing import Any
@@ -125,7 +126,10 @@ def _run_torch(
     layout = case.layout()
     device = "cpu"
     if impl == "triton" and torch.cuda.is_available():
-        device, layout = "cuda", layout if layout is None else layout.to("cuda")
+        device = "cuda"
+    if impl == "xla" and importlib.util.find_spec("torch_xla") is not None:
+        device = "xla"
+    layout = layout if layout is None or device == "cpu" else layout.to(device)
     wide = DTYPES["float64" if dtype == "float64" else "float32"]
     tensors = {
         name: torch.from_numpy(x.copy()).to(wide if name in PARAMETERS else DTYPES[dtype]).to(device)
@@ -141,6 +145,10 @@ def _run_torch(
         cotangents = [tensors[f"d{name}"].to(result[name].dtype) for name in seeded]
         grads = torch.autograd.grad([result[name] for name in seeded], [leaves[name] for name in names], cotangents)
         result |= {f"d{name}": grad for name, grad in zip(names, grads, strict=True)}
+    if device == "xla":
+        import torch_xla
+
+        torch_xla.sync()  # one program, not one for each array that is asked for
     return {name: x.detach().cpu().double().numpy() for name, x in result.items()}
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from simvlm.kernels import xla_device
 from simvlm.kernels.attention.layout import PrefixLayout
 
 
@@ -23,7 +24,7 @@ def unavailable() -> str | None:
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, rel_bias: Tensor | None) -> str | None:
-    return None
+    return xla_device.imprecise("q", q)
 
 
 def forward(

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from simvlm.kernels import xla_device
 from simvlm.kernels.stem.places import rows_shape
 
 
@@ -24,7 +25,7 @@ def batch_norm_unsupported(x: Tensor) -> str | None:
 
 
 def embed_unsupported(text: Tensor, weight: Tensor | None) -> str | None:
-    return None
+    return None if weight is None else xla_device.imprecise("text", text)
 
 
 def batch_norm_act(

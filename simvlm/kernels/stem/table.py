@@ -6,6 +6,7 @@ _ROOM = "simvlm.kernels.stem"
 BATCH_NORM_ACT = (
     Impl("cpp", "torch", f"{_ROOM}.cpp_cpu", "batch_norm_unsupported"),
     Impl("triton", "torch", f"{_ROOM}.triton_gpu", "batch_norm_unsupported"),  # after cpp, as in attention/table.py
+    Impl("xla", "torch", f"{_ROOM}.xla_torch", "batch_norm_unsupported"),
     Impl("reference", "torch", f"{_ROOM}.reference", "batch_norm_unsupported"),
     Impl("cpp", "jax", f"{_ROOM}.cpp_jax", "batch_norm_unsupported"),
     Impl("cpp", "numpy", f"{_ROOM}.cpp_cpu", "batch_norm_unsupported"),
@@ -13,6 +14,7 @@ BATCH_NORM_ACT = (
 EMBED_SEQUENCE = (
     Impl("cpp", "torch", f"{_ROOM}.cpp_cpu", "embed_unsupported"),
     Impl("triton", "torch", f"{_ROOM}.triton_gpu", "embed_unsupported"),
+    Impl("xla", "torch", f"{_ROOM}.xla_torch", "embed_unsupported"),
     Impl("reference", "torch", f"{_ROOM}.reference", "embed_unsupported"),
     Impl("cpp", "jax", f"{_ROOM}.cpp_jax", "embed_unsupported"),
     Impl("cpp", "numpy", f"{_ROOM}.cpp_cpu", "embed_unsupported"),
