@@ -117,14 +117,18 @@ def test_vmap_over_lengths():
     """Each mapped call has a layout of its own."""
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.standard_normal((2, 20, 2, 8)), jnp.float32) for _ in range(3))
-    layouts = [PrefixLayout.packed(lens, prefix_lens=4, image_grid=(2, 2)) for lens in ([9, 11], [13, 5])]
+    layouts = [
+        PrefixLayout.packed(lens, prefix_lens=4, image_grid=(2, 2), max_q_len=16, max_k_len=16)
+        for lens in ([9, 11], [13, 5])
+    ]
     table = jnp.asarray(rng.standard_normal((2, 3, 3)), jnp.float32)
 
     def both(q, k, v, layout):
         def loss(q, table):
-            return (prefix_attention(q, k, v, layout, rel_bias=table, impl="xla") ** 2).sum()
+            out = prefix_attention(q, k, v, layout, rel_bias=table, impl="xla")
+            return (out**2).sum(), out
 
-        return jax.value_and_grad(loss, (0, 1))(q, table)
+        return jax.grad(loss, (0, 1), has_aux=True)(q, table)
 
     stacked = jax.tree.map(lambda *bounds: jnp.stack(bounds), *layouts)
     found = jax.jit(jax.vmap(both))(q, k, v, stacked)
@@ -142,7 +146,10 @@ from simvlm.kernels import PrefixLayout, prefix_attention
 rng = np.random.default_rng(0)
 q, k, v = (jnp.asarray(rng.standard_normal((40, 2, 8)), jnp.float32) for _ in range(3))
 table = jnp.asarray(rng.standard_normal((2, 3, 5)), jnp.float32)
-layouts = [PrefixLayout.packed(lens, prefix_lens=7, image_grid=(2, 3)) for lens in ([12, 8], [9, 10])]
+layouts = [
+    PrefixLayout.packed(lens, prefix_lens=7, image_grid=(2, 3), max_q_len=16, max_k_len=16)
+    for lens in ([12, 8], [9, 10])
+]
 bounds = jnp.concatenate([layout.bounds for layout in layouts], 1)
 
 def local(q, k, v, table, layout):

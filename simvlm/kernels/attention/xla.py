@@ -186,8 +186,11 @@ def _over_heads(kernel: Any, call: Call) -> Any:
 
     @run.def_vmap
     def mapped(size: int, batched: Any, bounds: Array, *arrays: Any) -> Any:
-        if batched[0]:
-            whole = jax.tree.map(lambda x, b: x if b else jnp.broadcast_to(x, (size, *x.shape)), arrays, batched[1:])
+        lengths_differ, *of_arrays = batched
+        if lengths_differ:
+            whole = jax.tree.map(
+                lambda x, b: x if b else jnp.broadcast_to(x, (size, *x.shape)), arrays, tuple(of_arrays)
+            )
             found = lax.map(lambda args: run(*args), (bounds, *whole))
             return found, jax.tree.map(lambda _: True, found)
 
@@ -206,7 +209,7 @@ def _over_heads(kernel: Any, call: Call) -> Any:
                 return x.reshape(size, -1, *x.shape[1:])
             return jnp.moveaxis(x.reshape(x.shape[0], size, -1, *x.shape[2:]), 1, 0)
 
-        found = run(bounds, *(folded(i, x, b) for i, (x, b) in enumerate(zip(arrays, batched[1:], strict=True))))
+        found = run(bounds, *(folded(i, x, b) for i, (x, b) in enumerate(zip(arrays, of_arrays, strict=True))))
         found = tuple(unfolded(i, x) for i, x in enumerate(found))
         return found, jax.tree.map(lambda _: True, found)
 

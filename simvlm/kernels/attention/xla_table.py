@@ -73,8 +73,8 @@ class Spread:
 
     def dtable(self, dspread: Array, table: Array) -> Array:
         """The transpose of `of`, in the table's dtype."""
-        shape = jax.ShapeDtypeStruct(table.shape, jnp.float32)
-        (dtable,) = jax.linear_transpose(self.of, shape)(dspread)
+        _, transpose = jax.vjp(self.of, table.astype(jnp.float32))
+        (dtable,) = transpose(dspread)
         return dtable.astype(table.dtype)
 
     def block(self, spread: Array, position: Array, key: Array) -> Array:
