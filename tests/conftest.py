@@ -12,6 +12,11 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if has_gpu() else "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which torch made deterministic refuses cuBLAS
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")  # a mesh to test on
+# Programs are compiled for TPUs that are not there: ask no metadata server for them, and share libtpu with others.
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("TPU_WORKER_ID", "0")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 # Test tensors are tiny: with more threads than one, two test processes would wait for each other at barriers.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -164,21 +164,6 @@ def test_checkpoint_recomputes_the_same_bits():
     assert _equal(jax.jit(jax.grad(jax.checkpoint(loss)))(arrays["q"]), jax.jit(jax.grad(loss))(arrays["q"]))
 
 
-@pytest.mark.parametrize("form", ["padded", "packed"])
-def test_no_array_grows_with_both_lengths(form):
-    query_len, key_len = 1024, 1536
-    if form == "padded":
-        layout = PrefixLayout.padded(1, query_len, key_len, cross=True)
-    else:
-        layout = PrefixLayout.packed([query_len], [key_len], cross=True)
-    q, k = (
-        jnp.zeros((*((1,) if form == "padded" else ()), length, 1, 8), jnp.float32) for length in (query_len, key_len)
-    )
-    step = jax.jit(lambda q, k, v: jax.grad(lambda *qkv: prefix_attention(*qkv, layout).sum(), (0, 1, 2))(q, k, v))
-    memory = step.lower(q, k, k).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 4 * query_len * key_len
-
-
 # ---- refusals ------------------------------------------------------------------------------------------------------
 
 
@@ -205,9 +190,9 @@ def test_overlapping_keys_take_no_gradient():
 
 
 def test_refused_calls():
-    x, grid = jnp.zeros((2, 1, 8)), (70, 70)
-    with pytest.raises(UnsupportedError, match=r"image_grid \(70, 70\) is too large"):
-        prefix_attention(x, x, x, PrefixLayout.packed([2], image_grid=grid), rel_bias=jnp.zeros((1, 139, 139)))
+    x, grid = jnp.zeros((2, 1, 8)), (300, 300)
+    with pytest.raises(UnsupportedError, match=r"image_grid \(300, 300\) is too large"):
+        prefix_attention(x, x, x, PrefixLayout.packed([2], image_grid=grid), rel_bias=jnp.zeros((1, 599, 599)))
     with jax.enable_x64(True):
         wide = jnp.zeros((2, 1, 8), jnp.float64)
         with pytest.raises(UnsupportedError, match="got float64"):

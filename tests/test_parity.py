@@ -36,7 +36,7 @@ def _dtypes(spec, family: str, impl: str, case) -> tuple[str, ...]:
     if impl == "triton":
         small = spec is not attention_spec or _tiles(case) <= INTERPRETED_TILES
         return ("float32", "float16") if small else ()
-    if family == "jax" and (case.memory != "contiguous" or case.tier == "full"):
+    if family == "jax" and case.memory != "contiguous":
         return ()
     if family == "jax" and impl != "cpp":
         return ("float32", "bfloat16")
