@@ -100,7 +100,7 @@ def _statistics(wide: Array, x: Array) -> tuple[Array, Array]:
     total, squares = difference.sum((1, 2)), jnp.square(difference).sum((1, 2))
     means, squares = shift + total / pixels, jnp.maximum(squares - total * total / pixels, 0.0)
     mean = means.mean(0)
-    return mean, squares.mean(0) / pixels + jnp.square(means - mean).mean(0)
+    return mean, (squares / pixels + jnp.square(means - mean)).mean(0)
 
 
 def _statistics_fwd(wide: Array, x: Array) -> tuple[tuple[Array, Array], Any]:
