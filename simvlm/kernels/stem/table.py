@@ -9,6 +9,7 @@ BATCH_NORM_ACT = (
     Impl("xla", "torch", f"{_ROOM}.xla_torch", "batch_norm_unsupported"),
     Impl("reference", "torch", f"{_ROOM}.reference", "batch_norm_unsupported"),
     Impl("cpp", "jax", f"{_ROOM}.cpp_jax", "batch_norm_unsupported"),
+    Impl("xla", "jax", f"{_ROOM}.xla_batch_norm"),
     Impl("cpp", "numpy", f"{_ROOM}.cpp_cpu", "batch_norm_unsupported"),
 )
 EMBED_SEQUENCE = (
@@ -17,5 +18,6 @@ EMBED_SEQUENCE = (
     Impl("xla", "torch", f"{_ROOM}.xla_torch", "embed_unsupported"),
     Impl("reference", "torch", f"{_ROOM}.reference", "embed_unsupported"),
     Impl("cpp", "jax", f"{_ROOM}.cpp_jax", "embed_unsupported"),
+    Impl("xla", "jax", f"{_ROOM}.xla_embed"),
     Impl("cpp", "numpy", f"{_ROOM}.cpp_cpu", "embed_unsupported"),
 )
