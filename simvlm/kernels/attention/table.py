@@ -7,6 +7,7 @@ IMPLS = (
     Impl("cpp", "torch", f"{_ROOM}.cpp_cpu"),
     Impl("triton", "torch", f"{_ROOM}.triton_gpu"),  # after cpp: its interpreter would take CPU tensors too, slowly
     Impl("reference", "torch", f"{_ROOM}.reference"),
+    Impl("pallas", "jax", f"{_ROOM}.pallas_tpu"),
     Impl("xla", "jax", f"{_ROOM}.xla"),
     Impl("cpp", "numpy", f"{_ROOM}.cpp_cpu"),
 )
