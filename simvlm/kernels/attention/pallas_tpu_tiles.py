@@ -137,21 +137,15 @@ def expanded(table: Array, grid: tuple[int, int], flipped: bool = False) -> Arra
     [p, j] of a tile is for query p and key j; `flipped`, for query j and key p.
     """
     height, width = grid
+    patches = height * width
     x = table.astype(jnp.float32)
     x = x[:, ::-1, ::-1] if flipped else x
-    x = _skew(_skew(x, width).transpose(0, 2, 3, 1), height)  # [N, c, c', r, r']
-    side = ceil_div(height * width, BLOCK)
-    x = x.transpose(0, 3, 1, 4, 2).reshape(-1, height * width, height * width)
-    x = jnp.pad(x, ((0, 0), *((0, side * BLOCK - height * width),) * 2))
+    # Slices and not a gather: a query's column chooses a window of the table's columns, its row one of what is left
+    # when rows and columns are one axis.
+    x = jnp.stack([x[:, :, width - 1 - c : 2 * width - 1 - c] for c in range(width)], 1)
+    x = x.reshape(len(x), width, -1)
+    x = jnp.stack([x[:, :, (height - 1 - r) * width :][:, :, :patches] for r in range(height)], 1)
+    x = x.reshape(len(x), patches, patches)
+    side = ceil_div(patches, BLOCK)
+    x = jnp.pad(x, ((0, 0), *((0, side * BLOCK - patches),) * 2))
     return x.reshape(-1, side, BLOCK, side, BLOCK).transpose(1, 3, 0, 2, 4)
-
-
-def _skew(x: Array, side: int) -> Array:
-    """[…, i, j] = x[…, j - i + side - 1] for i, j < side, without a gather.
-
-    Copies of x with one zero appended, end to end, and read in rows one element shorter: each row starts one later.
-    """
-    span = 2 * side - 1
-    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 1)])
-    x = jnp.broadcast_to(x[..., None, :], (*x.shape[:-1], side, span + 1)).reshape(*x.shape[:-1], -1)
-    return x[..., : side * span].reshape(*x.shape[:-1], side, span)[..., side - 1 :]
