@@ -102,6 +102,11 @@ def _interprets() -> bool:
     return config.pallas_tpu_interpret_mode_context_manager.value is not None
 
 
+def _widens(dtype: Any) -> bool:
+    """Whether products take bfloat16 operands as float32: before v4 a kernel multiplies nothing else."""
+    return dtype == jnp.bfloat16 and not _interprets() and pltpu.get_tpu_info().generation < 4
+
+
 @dataclasses.dataclass(frozen=True)
 class _Call:
     """What is static in one call; `heads` is how many a step takes, a divisor of the q's."""
@@ -118,6 +123,10 @@ class _Call:
     def image_blocks(self) -> int:
         return ceil_div(math.prod(self.image_grid), BLOCK) if self.image_grid else 0
 
+    def expanded(self, table: Array, flipped: bool = False) -> Array:
+        assert self.image_grid is not None, "a call with a table has a grid"
+        return storage.expanded(table, self.image_grid, flipped)
+
     def shape(self, q: Array, batch: int) -> Shape:
         patches = math.prod(self.image_grid) if self.image_grid else 0
         return Shape(batch, self.heads, q.shape[-1], q.dtype, self.widened, self.scale, patches)
@@ -131,9 +140,8 @@ def _call(q: Array, k: Array, layout: PrefixLayout, has_table: bool, scale: floa
         queries = Rows.packed(batch, q.shape[0], layout.max_q_len, True)
         keys = Rows.packed(batch, k.shape[0], layout.max_k_len, layout.keys_ascend)
     grid = layout.image_grid if has_table else None
-    widened = q.dtype == jnp.bfloat16 and not _interprets() and pltpu.get_tpu_info().generation < 4
-    call = _Call(queries, keys, grid, 0, layout.keys_ascend, widened, scale)
-    return dataclasses.replace(call, heads=_heads(*q.shape[-2:], q.dtype.itemsize, call.image_blocks))
+    call = _Call(queries, keys, grid, 0, layout.keys_ascend, _widens(q.dtype), scale)
+    return dataclasses.replace(call, heads=_heads(q.shape[-2], q.shape[-1], q.dtype.itemsize, call.image_blocks))
 
 
 def _heads(heads: int, head_dim: int, itemsize: int, image_blocks: int) -> int:
@@ -168,7 +176,8 @@ def _attention_fwd(call: _Call, q: Any, k: Any, v: Any, table: Any, bounds: Any)
     table_wanted = table is not None and table.perturbed
     q, k, v, bounds = q.value, k.value, v.value, bounds.value
     table = None if table is None else table.value
-    out, lse = _forward(call, q, k, v, table, bounds)
+    # Not _forward: differentiated a second time, that would raise Pallas's error about its grid before ours.
+    out, lse = _attention(call, q, k, v, table, bounds)
     # Whether the table's gradient is wanted travels as the structure of the residuals: {} or None.
     return (out, lse), (q, k, v, table, bounds, out, lse, {} if table_wanted else None)
 
@@ -203,7 +212,7 @@ def _forward(call: _Call, q: Array, k: Array, v: Array, table: Array | None, bou
     rows = _Aligned(call, q, bounds)
     shape = call.shape(q, bounds.shape[1])
     walk = _Walk(call, shape, rows.bounds, rows.groups, by_keys=False)
-    bias = [] if table is None else [storage.expanded(table, call.image_grid)]
+    bias = [] if table is None else [call.expanded(table)]
     out, lse = walk(
         forward_kernel,
         [rows.queries(q), rows.keys(k), rows.keys(v), *bias],
@@ -241,7 +250,7 @@ def _backward(
     columns = [rows.columns(lse), rows.columns(delta)]
 
     walk = _Walk(call, shape, rows.bounds, rows.groups, by_keys=False)
-    bias = [] if table is None else [storage.expanded(table, call.image_grid)]
+    bias = [] if table is None else [call.expanded(table)]
     pairs = [walk.table] if table_wanted else []
     dq, *pairs_sum = walk(
         dq_kernel,
@@ -256,12 +265,11 @@ def _backward(
         # Blocks of queries that no sequence has were not visited.
         met = jnp.arange(call.image_blocks) * BLOCK < q_lens.max()
         pairs_sum = jnp.where(met.reshape(-1, 1, 1, 1, 1), pairs_sum[0], 0.0)
-        wide = table.astype(jnp.float32)
-        _, reduce = jax.vjp(lambda table: storage.expanded(table, call.image_grid), wide)
+        _, reduce = jax.vjp(call.expanded, table.astype(jnp.float32))
         dtable = reduce(pairs_sum)[0].astype(table.dtype)
 
     walk = _Walk(call, shape, rows.bounds, rows.groups, by_keys=True)
-    bias = [] if table is None else [storage.expanded(table, call.image_grid, flipped=True)]
+    bias = [] if table is None else [call.expanded(table, flipped=True)]
     dk, dv = walk(
         dkv_kernel,
         [*operands, *(x.swapaxes(1, 2) for x in columns), *bias],

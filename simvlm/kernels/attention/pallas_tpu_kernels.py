@@ -141,8 +141,8 @@ def _rows(shape: Shape, ref: Ref, head: int, real: Any, cut: bool) -> Array:
 
 def forward_kernel(shape: Shape, tiles: Ref, bounds: Ref, *refs: Any) -> None:
     """out and lse by online softmax, a block of queries after the other, its blocks of keys in turn."""
-    q, k, v, *refs = refs
-    bias, (out, lse, mixed, top, total) = _table(shape, refs)
+    q, k, v, *others = refs
+    bias, (out, lse, mixed, top, total) = _table(shape, others)
     tile = _Tile(shape, tiles, bounds, by_keys=False)
 
     @pl.when(tile.first)
@@ -181,8 +181,8 @@ def forward_kernel(shape: Shape, tiles: Ref, bounds: Ref, *refs: Any) -> None:
 
 def dq_kernel(shape: Shape, tiles: Ref, bounds: Ref, *refs: Any) -> None:
     """dq, and the sum over the batch of dS for each pair of patches, walked as forward does."""
-    q, k, v, dout, lse, delta, *refs = refs
-    bias, (dq, *pairs_ref, acc) = _table(shape, refs)
+    q, k, v, dout, lse, delta, *others = refs
+    bias, (dq, *pairs_ref, acc) = _table(shape, others)
     pairs = pairs_ref[0] if pairs_ref else None
     tile = _Tile(shape, tiles, bounds, by_keys=False)
 
@@ -220,8 +220,8 @@ def dq_kernel(shape: Shape, tiles: Ref, bounds: Ref, *refs: Any) -> None:
 
 def dkv_kernel(shape: Shape, tiles: Ref, bounds: Ref, *refs: Any) -> None:
     """dk and dv, a block of keys after the other, the blocks of queries that see it in turn."""
-    q, k, v, dout, lse, delta, *refs = refs
-    bias, (dk, dv, k_acc, v_acc) = _table(shape, refs)
+    q, k, v, dout, lse, delta, *others = refs
+    bias, (dk, dv, k_acc, v_acc) = _table(shape, others)
     tile = _Tile(shape, tiles, bounds, by_keys=True)
 
     @pl.when(tile.first)

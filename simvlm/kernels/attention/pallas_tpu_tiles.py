@@ -79,7 +79,7 @@ def align(rows: Rows, x: Array, starts: Array, lens: Array) -> Array:
 
 
 def store(rows: Rows, x: Array, starts: Array, lens: Array, fill: float) -> Array:
-    """Storage [rows, C] or [B, T, C] from aligned rows [blocks · 128, C]; packed rows that no sequence owns hold `fill`."""
+    """Storage [rows, C] or [B, T, C] from aligned rows; packed rows that no sequence owns hold `fill`."""
     if rows.length is not None:
         return x.reshape(-1, rows.most * BLOCK, x.shape[-1])[:, : rows.length]
     row = jnp.arange(rows.rows)
