@@ -123,6 +123,24 @@ def test_widened_products_are_within_the_budget(monkeypatch):
     assert not parity.violations(spec, CASES["head_dim_24"], "jax", "pallas", "bfloat16")
 
 
+class _Mapped:
+    """The spec with a call that maps over two different queries and hands back the first's outputs."""
+
+    def __getattr__(self, name):
+        return getattr(spec, name)
+
+    def call(self, case, layout, inputs, impl):
+        if impl == "reference":
+            return spec.call(case, layout, inputs, impl)
+        mapped = jax.vmap(lambda q: spec.call(case, layout, inputs | {"q": q}, impl))
+        return tuple(x[0] for x in mapped(jnp.stack([inputs["q"], 2 * inputs["q"]])))
+
+
+@pytest.mark.full
+def test_parity_under_vmap():
+    assert not parity.violations(_Mapped(), CASES["head_dim_24"], "jax", "pallas", "float32")
+
+
 def test_the_expanded_table_holds_every_pair():
     grid = (9, 15)
     rng = np.random.default_rng(0)

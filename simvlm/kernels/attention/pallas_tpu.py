@@ -13,8 +13,9 @@ Limits: float32 and bfloat16; a table needs a layout without q_offsets and an ex
 multiply float32 alone in a kernel: there bfloat16 is widened to float32 in VMEM, to the same products.
 
 Which TPU it is follows from the devices of the current mesh, else of the default backend. Compiling ahead of time,
-trace under `jax.set_mesh(mesh)` of the topology's devices; `jax.shard_map` says so itself. On other backends the
-kernels run under `pltpu.force_tpu_interpret_mode()` alone.
+trace under `jax.set_mesh(mesh)` of the topology's devices; `jax.shard_map` says so itself. JAX splits no kernel over
+devices: on several, call this within `jax.shard_map(…, check_vma=False)`, each device with its own rows and layout. On
+other backends the kernels run under `pltpu.force_tpu_interpret_mode()` alone.
 """
 
 from __future__ import annotations
