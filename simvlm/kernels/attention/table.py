@@ -9,6 +9,7 @@ IMPLS = (
     Impl("xla", "torch", f"{_ROOM}.xla_torch"),
     Impl("reference", "torch", f"{_ROOM}.reference"),
     Impl("cpp", "jax", f"{_ROOM}.cpp_jax"),
+    Impl("pallas", "jax", f"{_ROOM}.pallas_tpu"),
     Impl("xla", "jax", f"{_ROOM}.xla"),
     Impl("cpp", "numpy", f"{_ROOM}.cpp_cpu"),
 )
