@@ -71,7 +71,7 @@ def test_no_gather_scatter_or_sort(form, device):
     assert not {name for name in opcodes if re.search("gather|scatter|sort", name)}
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("v3:2x2", marks=pytest.mark.full)])
 def test_memory_grows_with_the_rows(device):
     """Forward and backward with a table: eight times the length, at most eight times the memory (2D scores: 64)."""
     sizes = []

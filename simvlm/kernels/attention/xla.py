@@ -118,7 +118,7 @@ def _attention_fwd(call: Call, q: Any, k: Any, v: Any, table: Any, bounds: Any) 
     wanted = Wanted(q.perturbed, k.perturbed or v.perturbed, table is not None and table.perturbed)
     q, k, v, bounds = q.value, k.value, v.value, bounds.value
     table = None if table is None else table.value
-    out, lse = _over_heads(forward_heads, call)(bounds, q, k, v, table)
+    out, lse = _forward_once(call, q, k, v, table, bounds)
     # What is wanted travels as the structure of the residuals: each {} or None.
     return (out, lse), (q, k, v, table, bounds, out, lse, [{} if want else None for want in wanted])
 
@@ -135,6 +135,11 @@ def _is_zero(x: Any) -> bool:
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd, symbolic_zeros=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _forward_once(call: Call, q: Array, k: Array, v: Array, table: Array | None, bounds: Array) -> tuple[Array, Array]:
+    return _over_heads(forward_heads, call)(bounds, q, k, v, table)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -160,6 +165,7 @@ def _no_second_gradient(*_: Any) -> Any:
     raise NotImplementedError("prefix_attention: double backward is not supported by impl='xla'")
 
 
+_forward_once.defvjp(_no_second_gradient, _no_second_gradient)
 _backward_once.defvjp(_no_second_gradient, _no_second_gradient)
 
 
