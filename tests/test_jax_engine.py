@@ -41,7 +41,13 @@ def _engine(world, out, **changes):
     settings = settings_of(world, out, **CPU_ONLY | changes)
     engine = JaxEngine(settings, CONFIG)
     engine.load_weights(world / "start")
-    return settings, engine
+    return settings, _of_one_size(engine)
+
+
+def _of_one_size(engine):
+    """Every batch has the same shapes: one compilation."""
+    engine._multiple = 256
+    return engine
 
 
 def _run(settings, engine):
@@ -109,7 +115,7 @@ def test_a_run_that_stops_goes_on_with_the_same_bits(world, one_device, tmp_path
     run = loop.Run(engine, _mixture(settings, engine), settings, image_len=CONFIG.image_len)
     with pytest.raises(Stopped):
         run.all_steps()
-    again = JaxEngine(settings, CONFIG)  # other weights, until the checkpoint's are loaded
+    again = _of_one_size(JaxEngine(settings, CONFIG))  # other weights, until the checkpoint's are loaded
     assert _run(settings, again) == one_device[0]
     for name, x in model_of(settings.out)[1].items():
         assert np.array_equal(x, one_device[1][name]), name
@@ -119,7 +125,7 @@ def test_a_checkpoint_goes_to_another_mesh(world, one_device, tmp_path):
     settings, engine = _engine(world, tmp_path / "run", jax=ONE, steps=3)
     _run(settings, engine)
     settings = dataclasses.replace(settings, steps=6, jax=JaxSettings(mesh=(2, 1, 2)))
-    log = _run(settings, JaxEngine(settings, CONFIG))
+    log = _run(settings, _of_one_size(JaxEngine(settings, CONFIG)))
     assert [line["step"] for line in log] == [1, 2, 3, 4, 5, 6]
     # The schedule of a run of 3 steps is another, so only the samples are compared.
     assert [x["sample_ids_sha256"] for x in log] == [x["sample_ids_sha256"] for x in one_device[0]]
@@ -132,6 +138,7 @@ def test_two_processes_are_one(world, one_device, tmp_path):
     program = (
         "import sys, pathlib; sys.path.insert(0, 'tests')\n"
         "from test_jax_engine import *\n"
+        "from test_jax_engine import _engine, _mixture\n"
         "from simvlm.train.jax_engine import connect\n"
         "index, port, (world, out) = int(sys.argv[1]), sys.argv[2], map(pathlib.Path, sys.argv[3:])\n"
         "chosen = JaxSettings(mesh=(2, 1, 1), coordinator=f'127.0.0.1:{port}', process=(index, 2))\n"

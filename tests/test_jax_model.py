@@ -90,11 +90,15 @@ def _jax_step(folder, batch, config, **options):
     value, gradients = jax.jit(jax.value_and_grad(loss))(params)
     rows = int(batch.decoder_lens.sum())
     found = {"logits": jax.jit(logits)(params)[0, :rows], "loss": value}
-    found |= {f"d{name}": x for name, x in canonical(gradients).items()}
+    found |= {f"d{name}": x for name, x in canonical(jax.device_get(gradients)).items()}
     state = {"params": params, "statistics": statistics, "optimizer": step.optimizer.init(params)}
     new, sums = step.jitted(state, inputs, np.float32(OPTIMIZER.lr), tokens)
     found |= {"norm": sums.grad_norm}
-    found |= {f"new {name}": x for part in ("params", "statistics") for name, x in canonical(new[part]).items()}
+    found |= {
+        f"new {name}": x
+        for part in ("params", "statistics")
+        for name, x in canonical(jax.device_get(new[part])).items()
+    }
     return {name: np.asarray(x, np.float64) for name, x in found.items()}
 
 

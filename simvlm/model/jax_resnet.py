@@ -61,7 +61,7 @@ class BatchNorm(nnx.Module):
     ) -> None:
         self.act = act
         shape = (*depth, channels)
-        self.weight = nnx.Param(jnp.full(shape, initial_weight))
+        self.weight = nnx.Param(jnp.full(shape, initial_weight, jnp.float32))
         self.bias = nnx.Param(jnp.zeros(shape))
         self.running_mean = nnx.BatchStat(jnp.zeros(shape))
         self.running_var = nnx.BatchStat(jnp.ones(shape))

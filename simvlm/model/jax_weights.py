@@ -37,7 +37,7 @@ def abstract(config: SimVLMConfig) -> SimVLM:
 
 
 def canonical(state: Any) -> dict[str, Any]:
-    """Canonical names and arrays of a model's state, or of anything of its structure (gradients, moments)."""
+    """Canonical names and arrays of a model's state, or of anything of its structure (gradients, moments), in numpy."""
     return {name: value[index].reshape(shape) for name, value, index, shape in _entries(state)}
 
 
@@ -62,7 +62,7 @@ def save_pretrained(model: SimVLM, folder: str | Path, tokenizer: Tokenizer | No
     """Writes the model, and its tokenizer if given, into `folder`; each file aside first, then renamed when whole."""
 
     def write_weights(path: Path) -> None:
-        state = jax.tree.map(np.asarray, nnx.state(model, (nnx.Param, nnx.BatchStat)))
+        state = jax.device_get(nnx.state(model, (nnx.Param, nnx.BatchStat)))
         tensors = {name: np.ascontiguousarray(x) for name, x in canonical(state).items()}
         safetensors.numpy.save_file(tensors, path, metadata=METADATA)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from simvlm.kernels.attention.layout import PrefixLayout
+from simvlm.kernels.attention.layout import PrefixLayout, bucket
 from simvlm.model.batch import Batch, Inputs
 from simvlm.model.config import SimVLMConfig
 
@@ -111,12 +111,21 @@ def stacked(batches: Sequence[Batch], config: SimVLMConfig, capacity: Capacity) 
         if values[0] is None:
             joined[field.name] = None
         elif field.name in _LAYOUTS:
-            longest = {name: max(getattr(v, name) for v in values) for name in ("max_q_len", "max_k_len")}
             bounds = np.stack([value.bounds for value in values])
-            joined[field.name] = dataclasses.replace(values[0], bounds=bounds, **longest)
+            joined[field.name] = dataclasses.replace(values[0], bounds=bounds, **_longest(field.name, config))
         else:
             joined[field.name] = np.stack(values)
     return Inputs(**joined)
+
+
+def _longest(layout: str, config: SimVLMConfig) -> dict[str, int]:
+    """The longest that any sequence of the model may be, not of this batch: it is compiled in."""
+    text = bucket(config.max_text_len)
+    whole = bucket(config.image_len + config.max_text_len)
+    return {
+        "max_q_len": whole if layout == "layout" else text,
+        "max_k_len": text if layout == "decoder_layout" else whole,
+    }
 
 
 def _padded(batch: Batch, config: SimVLMConfig, capacity: Capacity, stand_ins: list[np.ndarray]) -> Inputs:

@@ -25,7 +25,7 @@ from simvlm.model.batch import Batch, Inputs
 from simvlm.model.config import SimVLMConfig
 from simvlm.model.folder import METADATA, WEIGHTS
 from simvlm.model.jax_transformer import AXES, UNITS, Execution
-from simvlm.model.jax_weights import canonical, from_canonical
+from simvlm.model.jax_weights import canonical, canonical_shapes, from_canonical
 from simvlm.train.jax_step import Sums, TrainStep, tokens_of
 from simvlm.train.processes import ALONE, Processes
 from simvlm.train.settings import JaxSettings, Precision, PretrainSettings
@@ -117,6 +117,7 @@ class JaxEngine:
         if self.processes.count > 1:
             of_model = multihost_utils.process_allgather(of_model, tiled=True)
         if self.processes.is_first:
+            of_model = jax.device_get(of_model)
             tensors = {name: np.ascontiguousarray(x) for name, x in self._canonical(of_model).items()}
             folders.write(
                 folder, self.config, tokenizer, lambda path: safetensors.numpy.save_file(tensors, path, METADATA)
@@ -149,7 +150,8 @@ class JaxEngine:
         folders.check_config(folder, self.config)
         tensors = safetensors.numpy.load_file(folders.existing(folder, WEIGHTS))
         folders.check_tensors(
-            {name: x.shape for name, x in self._canonical(self.step_of.abstract_state).items()},
+            canonical_shapes(self.step_of.abstract_state["params"])
+            | canonical_shapes(self.step_of.abstract_state["statistics"]),
             {name: x.shape for name, x in tensors.items()},
             str(folder / WEIGHTS),
         )

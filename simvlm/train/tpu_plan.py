@@ -218,8 +218,6 @@ def _abstract_inputs(config: SimVLMConfig, capacity: units.Capacity, accumulate:
     """Shapes of `TrainStep`'s inputs."""
     import jax
 
-    from simvlm.kernels.attention.layout import bucket
-
     empty = Batch(
         images=np.zeros((capacity.images, config.image_size, config.image_size, 3), np.uint8),
         has_image=np.arange(capacity.sequences) < capacity.images,
@@ -232,17 +230,6 @@ def _abstract_inputs(config: SimVLMConfig, capacity: units.Capacity, accumulate:
         sample_ids=np.zeros(capacity.sequences, np.int64),
     )
     inputs = units.stacked([empty], config, capacity)
-    # The longest that a batch may hold, not the one token of this one.
-    most = bucket(config.image_len + config.max_text_len)
-    changes = {}
-    for name in ("layout", "decoder_layout", "cross_layout"):
-        layout = getattr(inputs, name)
-        if layout is not None:
-            of_decoder = bucket(config.max_text_len)
-            q = most if name == "layout" else of_decoder
-            k = of_decoder if name == "decoder_layout" else most
-            changes[name] = dataclasses.replace(layout, max_q_len=q, max_k_len=k)
-    inputs = dataclasses.replace(inputs, **changes)
 
     def shape(x: np.ndarray) -> Any:
         dtype = np.dtype(np.int32) if x.dtype == np.int64 else x.dtype
