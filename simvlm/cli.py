@@ -88,6 +88,24 @@ def _parser() -> argparse.ArgumentParser:
     caption.add_argument("--seed", type=int, default=0, help="of --sample (default: %(default)s)")
     caption.set_defaults(run=_caption)
 
+    plan = commands.add_parser("tpu-plan", help="compile the training step for a TPU slice, without a TPU")
+    plan.add_argument("--variant", default="base", help="a size by name (default: %(default)s)")
+    plan.add_argument("--topology", default="v3:16x32", help="generation and chips (default: %(default)s, the paper's)")
+    plan.add_argument("--image-text-batch", type=int, default=4096, help="pairs a step (default: %(default)s)")
+    plan.add_argument("--text-batch", type=int, default=512, help="documents a step (default: %(default)s)")
+    plan.add_argument("--caption-tokens", type=int, default=64, help="of every caption (default: %(default)s)")
+    plan.add_argument("--document-tokens", type=int, default=256, help="of every document (default: %(default)s)")
+    plan.add_argument(
+        "--mesh", help="devices along data, fsdp and tensor, as 64,8,2 (default: 1,chips,cores of a chip)"
+    )
+    plan.add_argument("--remat", choices=("none", "layer", "dots"), default="layer", help="(default: %(default)s)")
+    plan.add_argument("--accumulate", type=int, default=1, help="micro-batches a step (default: %(default)s)")
+    plan.add_argument("--impl", choices=("xla", "pallas"), default="xla", help="kernels (default: %(default)s)")
+    plan.add_argument("--save-hlo", metavar="FOLDER", help="keep the compiled program's text")
+    plan.add_argument("--compare", nargs="+", default=[], metavar="TOPOLOGY", help="a table with these beside it")
+    plan.add_argument("--json", action="store_true", help="numbers with their units, for a program to read")
+    plan.set_defaults(run=_tpu_plan)
+
     demo = commands.add_parser("demo", help="learn to caption from nothing, in minutes, and show it on a page")
     demo.add_argument(
         "action", nargs="?", choices=("run", "score"), default="run", help="score: judge its captions again"
@@ -141,6 +159,21 @@ def _caption(arguments: argparse.Namespace) -> str:
         print("\n".join(lines))
         raise ValueError("; ".join(problems))
     return "\n".join(lines)
+
+
+def _tpu_plan(arguments: argparse.Namespace) -> str:
+    import dataclasses
+
+    from simvlm.train import tpu_plan
+
+    values = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(tpu_plan.PlanSettings)}
+    if arguments.mesh is not None:
+        try:
+            data, fsdp, tensor = map(int, arguments.mesh.split(","))
+        except ValueError:
+            raise ValueError(f"--mesh must be three numbers, as 64,8,2, got {arguments.mesh!r}") from None
+        values["mesh"] = (data, fsdp, tensor)
+    return tpu_plan.main(tpu_plan.PlanSettings(**values), arguments.compare, arguments.json)
 
 
 def _demo(arguments: argparse.Namespace) -> str:

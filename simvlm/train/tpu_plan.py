@@ -209,7 +209,8 @@ def _compiled(
     state, scalar = step.abstract_state, jax.ShapeDtypeStruct((), jnp.float32)
     began = time.perf_counter()
     try:
-        return step.jitted.lower(state, inputs, scalar, scalar).compile(), time.perf_counter() - began
+        with jax.set_mesh(mesh):  # where the Pallas kernels look for the generation that they are for
+            return step.jitted.lower(state, inputs, scalar, scalar).compile(), time.perf_counter() - began
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(f"tpu-plan: the compiler refuses the step: {str(error)[:600]}") from None
 
