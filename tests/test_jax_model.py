@@ -36,6 +36,7 @@ MODELS = {
     "continue": dataclasses.replace(TINY, decoder_positions="continue"),
     "resnet": dataclasses.replace(TINY, conv_stem="resnet", conv_depths=(2, 3), conv_strides=(1, 1)),
 }
+CORE = ("encoder_decoder", "decoder_only", "demo")
 RATIO = 4.0
 FLOOR = 2.0**-22
 """times an array's largest element: where torch happens to be exact"""
@@ -121,7 +122,9 @@ def _compare(model, config, batch, folder, **options):
         _close(name, *parts)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [name if name in CORE else pytest.param(name, marks=pytest.mark.full) for name in MODELS]
+)
 def test_a_training_step_equals_torchs(name, tmp_path):
     config = MODELS[name]
     _compare(tiny_model(config, impl="reference"), config, packed(config, SEQUENCES), tmp_path)
@@ -133,14 +136,14 @@ def test_a_training_step_of_small_equals_torchs(tmp_path):
     _compare(SimVLM(config, impl="reference"), config, packed(config, SEQUENCES[:2]), tmp_path)
 
 
-@pytest.mark.parametrize("remat", REMAT)
+@pytest.mark.parametrize("remat", [x if x == "layer" else pytest.param(x, marks=pytest.mark.full) for x in REMAT])
 def test_how_it_runs_changes_nothing(remat, tmp_path):
     config = MODELS["resnet"]
     options = {"remat": remat, "scan": remat == "none"}
     _compare(tiny_model(config, impl="reference"), config, packed(config, SEQUENCES), tmp_path, **options)
 
 
-@pytest.mark.parametrize("name", ["encoder_decoder", "decoder_only", "continue"])
+@pytest.mark.parametrize("name", ["encoder_decoder", "decoder_only", pytest.param("continue", marks=pytest.mark.full)])
 def test_captions_equal_torchs(name, tmp_path):
     """Greedy and by beams, with and without pictures and prompts."""
     config = MODELS[name]

@@ -74,14 +74,28 @@ def test_collectives_are_counted_as_often_as_they_run():
 %condition (p: f32[4]) -> pred[] {
 }
 
+%body2 (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %cp = f32[4]{0} collective-permute(f32[4]{0} %x), source_target_pairs={{0,1},{1,0}}
+  %ag2 = f32[6]{0} all-gather(%x), replica_groups=mesh['axis_0'=2,'axis_1'=3] {'axis_1'}, dimensions={0}
+}
+
+%under_seven (p: (s32[], f32[4])) -> pred[] {
+  %limit = s32[]{:T(256)} constant(7)
+  %p = (s32[], f32[4]) parameter(0)
+  %i = s32[]{:T(256)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(1024)} compare(%i, %limit), direction=LT
+}
+
 ENTRY %main (p: f32[4]) -> f32[4] {
   %w = f32[4]{0} while(f32[4] %t), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"12"}}
   %ar = bf16[64]{0} all-reduce(bf16[64]{0} %y), replica_groups={{0,1},{2,3}}, to_apply=%add
+  %w2 = (s32[], f32[4]) while((s32[], f32[4]) %t2), condition=%under_seven, body=%body2, metadata={op_name="x"}
   %rs = f32[16]{0} reduce-scatter(f32[64]{0} %z), replica_groups=[2,4]<=[8], dimensions={0}, to_apply=%add
 }
 """
     found = hlo.collectives(text)
-    assert found["all-gather"] == hlo.Traffic(12, 12 * 8 * 128 * 4 * 3 // 4)
+    assert found["all-gather"] == hlo.Traffic(12 + 7, 12 * 8 * 128 * 4 * 3 // 4 + 7 * 6 * 4 * 2 // 3)
+    assert found["collective-permute"] == hlo.Traffic(7, 7 * 4 * 4)
     assert found["all-reduce"] == hlo.Traffic(1, 64 * 2)
     assert found["reduce-scatter"] == hlo.Traffic(1, 64 * 4 * 3 // 4)
 

@@ -60,12 +60,22 @@ def _walk(computations: dict[str, list[tuple[str, str]]], name: str, times: int)
     for opcode, line in computations[name]:
         yield opcode, line, times
         if opcode in ("while", "fusion", "call", "conditional", "async-start"):
-            known = _TRIPS.search(line)
-            inner = times * int(known[1]) if opcode == "while" and known else times
+            inner = times * (_rounds(computations, line) if opcode == "while" else 1)
             for called in _CALLED.findall(line):
                 for one in re.findall(r"[\w.\-]+", called):
                     if one in computations:
                         yield from _walk(computations, one, inner)
+
+
+def _rounds(computations: dict[str, list[tuple[str, str]]], line: str) -> int:
+    """Of a loop: as the compiler notes them, or what its condition compares a counter from 0 with; else 1."""
+    if known := _TRIPS.search(line):
+        return int(known[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", line)
+    lines = [line for _, line in computations.get(condition[1] if condition else "", [])]
+    limits = re.findall(r"= s32\[\]\S* constant\((\d+)\)", "\n".join(lines))
+    counts = any("ROOT" in line and " compare(" in line and "direction=LT" in line for line in lines)
+    return int(limits[0]) if counts and len(limits) == 1 else 1
 
 
 def _sent(kind: str, line: str, starts: bool) -> float:
@@ -90,4 +100,7 @@ def _group(line: str) -> int:
         return int(iota[2])
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         return len(listed[1].split(","))
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line):
+        sizes = dict(re.findall(r"('\w+')=(\d+)", named[1]))
+        return math.prod(int(sizes[axis]) for axis in named[2].split(","))
     return 0
