@@ -120,7 +120,8 @@ REFUSED = {
     "unknown impl": (
         attend(impl="tritn"),
         ValueError,
-        r"impl must be one of \['cpp', 'triton', 'reference'\] for torch arrays, got 'tritn'; did you mean 'triton'\?",
+        r"impl must be one of \['cpp', 'triton', 'xla', 'reference'\] for torch arrays, got 'tritn'; did you mean "
+        r"'triton'\?",
     ),
     "impl of another family": (
         attend(impl="pallas"),

@@ -193,7 +193,7 @@ def test_a_step_that_diverges_changes_nothing_and_names_its_samples(world, tmp_p
         ({"jax": JaxSettings(mesh=(0, 1, 3))}, "fsdp · tensor must divide the 8 devices, got 3"),
         ({"jax": JaxSettings(mesh=(2, 1, 4))}, "tensor must divide num_heads = 2, got 4"),
         ({"jax": JaxSettings(mesh=(8, 1, 1))}, "pairs_per_step must be a multiple of .* 8 of the mesh, got 4"),
-        ({"impl": "xl"}, "impl must be one of .*, got 'xl'; did you mean 'xla'"),
+        ({"impl": "xl", "jax": ONE}, "impl must be one of .*, got 'xl'; did you mean 'xla'"),
         ({"device": "tpu"}, "device must be one of jax's, got 'tpu'"),
     ],
 )

@@ -116,7 +116,8 @@ def _compare(model, config, batch, folder, **options):
     assert set(got) == set(truth)
     for name, expected in truth.items():
         # Adam's first step is g / (|g| + 1e-8): where g is next to nothing its sign is anyone's.
-        clear = np.abs(truth.get(name.replace("new ", "d"), np.ones(1))) > 1e-4
+        gradient = np.abs(truth.get(name.replace("new ", "d"), np.ones(1)))
+        clear = gradient > 1e-2 * gradient.max(initial=0)
         clear = clear if name.startswith("new ") else True
         parts = (np.where(clear, x, 0.0) for x in (got[name], expected, yardstick[name]))
         _close(name, *parts)

@@ -25,6 +25,12 @@ CASES = {
 BOTH = pytest.mark.parametrize("op", SPECS)
 
 
+@pytest.fixture(autouse=True)
+def _xla(monkeypatch):
+    """Where no kernel is named XLA's is meant; on a CPU the C++ ones come first."""
+    monkeypatch.setenv("SIMVLM_IMPL", "xla")
+
+
 def _arrays(spec, case, dtype="float32"):
     return {
         name: jnp.asarray(x, "float32" if name in parity.PARAMETERS else dtype)

@@ -102,5 +102,6 @@ def _group(line: str) -> int:
         return len(listed[1].split(","))
     if named := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line):
         sizes = dict(re.findall(r"('\w+')=(\d+)", named[1]))
-        return math.prod(int(sizes[axis]) for axis in named[2].split(","))
+        # 'axis_0':(2)4 is a part of an axis, of size 4.
+        return math.prod(int(axis.rpartition(")")[2] if ":" in axis else sizes[axis]) for axis in named[2].split(","))
     return 0

@@ -21,6 +21,7 @@ import numpy as np
 from simvlm.kernels import cpp_xla
 from simvlm.kernels.attention.layout import PrefixLayout
 from simvlm.kernels.cpp_xla import NOTHING, Array
+from simvlm.kernels.manual_axes import varying_alike
 
 
 def unavailable() -> str | None:
@@ -40,7 +41,7 @@ def forward(
     call = _Call(layout.is_padded, layout.image_grid or (0, 0), layout.keys_ascend, scale)
     # The kernels read float32; this cast rounds the table's gradient once.
     table = None if rel_bias is None else rel_bias.astype(jnp.float32)
-    return _attention(call, q, k, v, table, jnp.asarray(layout.bounds, jnp.int32))
+    return _attention(call, *varying_alike(q, k, v, table, jnp.asarray(layout.bounds, jnp.int32)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,12 +30,11 @@ from simvlm.kernels.attention.xla_blocks import (
     SCRATCH_BYTES,
     Call,
     Wanted,
-    axes_of,
     backward_heads,
     forward_heads,
-    varying,
 )
 from simvlm.kernels.attention.xla_table import Spread
+from simvlm.kernels.manual_axes import varying_alike
 
 Array = Any  # jax arrays and tracers
 
@@ -71,7 +70,7 @@ def forward(
     if call.spread:
         call = dataclasses.replace(call, block_t=call.spread.block_t)
     rows = (x.reshape(-1, *x.shape[-2:]) for x in (q, k, v))
-    arrays = _varying_alike(*rows, rel_bias, jnp.asarray(layout.bounds, jnp.int32))
+    arrays = varying_alike(*rows, rel_bias, jnp.asarray(layout.bounds, jnp.int32))
     out, lse = _attention(call, *arrays)
     return out.reshape(q.shape), lse.reshape(q.shape[:-1])
 
@@ -96,12 +95,6 @@ def _spread(layout: PrefixLayout, q_len: int, k_len: int) -> Spread:
         if spread.bytes_a_head <= SCRATCH_BYTES:
             break
     return spread
-
-
-def _varying_alike(*arrays: Array | None) -> Any:
-    """The same, all varying over the mesh axes that any varies over: inside shard_map a loop asks that of its carry."""
-    axes = frozenset[str]().union(*(axes_of(x) for x in arrays if x is not None))
-    return tuple(None if x is None else varying(x, axes - axes_of(x)) for x in arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

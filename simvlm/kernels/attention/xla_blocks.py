@@ -12,11 +12,11 @@ import dataclasses
 import functools
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
 from simvlm.kernels.attention.xla_table import Spread
+from simvlm.kernels.manual_axes import axes_of, varying
 
 Array = Any  # jax arrays and tracers
 
@@ -227,16 +227,6 @@ def _mix(weights: Array, rows: Array) -> Array:
 def _precision(x: Array) -> lax.Precision | None:
     # A TPU's default for float32 is one bfloat16 product.
     return lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-
-
-def axes_of(x: Array) -> frozenset[str]:
-    """The mesh axes that x varies over, inside shard_map."""
-    kind = jax.typeof(x)
-    return frozenset(kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma)
-
-
-def varying(x: Array, axes: frozenset[str]) -> Array:
-    return lax.pcast(x, tuple(axes), to="varying") if axes else x
 
 
 def _zeros(shape: tuple[int, ...], like: Array, dtype: Any = jnp.float32) -> Array:

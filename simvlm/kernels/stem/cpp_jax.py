@@ -19,6 +19,7 @@ from jax import lax
 
 from simvlm.kernels import cpp_xla
 from simvlm.kernels.cpp_xla import NOTHING, Array
+from simvlm.kernels.manual_axes import varying_alike
 from simvlm.kernels.stem.places import rows_shape
 
 
@@ -64,7 +65,7 @@ def batch_norm_act(
         mean, var = cpp_xla.call("batch_norm_statistics", (vector, vector), lax.stop_gradient(x))
     constants = (_wide(_constant(v)) for v in (mean, var, branch_scale))
     norm = _Norm(eps, act == "relu", frozen)
-    return _norm(norm, x, _wide(weight), _wide(bias), residual, *constants), mean, var
+    return _norm(norm, *varying_alike(x, _wide(weight), _wide(bias), residual, *constants)), mean, var
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,13 +176,13 @@ def embed_sequence(
     """rows; gradients flow to every float input."""
     places = jnp.asarray(places, jnp.int32)
     if weight is None or features is None:
-        return _place(query_len, features, _wide(bias), _wide(image_positions), text, places)
+        return _place(query_len, *varying_alike(features, _wide(bias), _wide(image_positions), text, places))
     # What follows the sequences' own images is nobody's and may be NaN, which a zero gradient does not stop.
     owned = jnp.arange(features.shape[0]) < (places[2] > 0).sum()
     features = jnp.where(owned[:, None, None, None], features, jnp.zeros((), features.dtype))
     operand = _rounded(_wide(weight), features.dtype)
     patches = jnp.einsum("bhwc,dc->bhwd", _wide(features), operand, precision=lax.Precision.HIGHEST)
-    return _place(query_len, patches, _wide(bias), _wide(image_positions), text, places)
+    return _place(query_len, *varying_alike(patches, _wide(bias), _wide(image_positions), text, places))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
