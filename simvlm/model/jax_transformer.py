@@ -50,8 +50,13 @@ class Execution:
     scan: bool = True
 
     def impl_of(self, op: str) -> str | None:
-        """`impl` where the op has an implementation of that name; else None, its best."""
-        return self.impl if any(row.name == self.impl and row.family == "jax" for row in OPS[op]) else None
+        """`impl` where the op has an implementation of that name; else None, its best, or XLA's beside Pallas.
+
+        Where a program is compiled for TPUs on another machine, the best there would be that machine's.
+        """
+        if any(row.name == self.impl and row.family == "jax" for row in OPS[op]):
+            return self.impl
+        return "xla" if self.impl == "pallas" else None
 
     def on_units(self, x: Array) -> Array:
         """x[U, …], its units spread over the mesh and the rest whole."""
