@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--caption-tokens", type=int, default=64, help="of every caption (default: %(default)s)")
     plan.add_argument("--document-tokens", type=int, default=256, help="of every document (default: %(default)s)")
     plan.add_argument(
-        "--mesh", help="devices along data, fsdp and tensor, as 64,8,2 (default: 1,chips,cores of a chip)"
+        "--mesh", help="devices along data, fsdp and tensor, as 64,8,2 (default: chips/4,4,cores of a chip)"
     )
     plan.add_argument("--remat", choices=("none", "layer", "dots"), default="layer", help="(default: %(default)s)")
     plan.add_argument("--accumulate", type=int, default=1, help="micro-batches a step (default: %(default)s)")
