@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.topologies import get_topology_desc
 
 from benchmarks.hbm_bytes import hbm_bytes
 from simvlm.kernels import PrefixLayout, parity, prefix_attention
@@ -25,9 +26,7 @@ DEVICES = ("cpu", "v3:2x2")
 def _device(name):
     if name == "cpu":
         return jax.devices("cpu")[0]
-    topologies = pytest.importorskip("jax.experimental.topologies")
-    pytest.importorskip("libtpu")
-    return topologies.get_topology_desc(platform="tpu", topology_name=name).devices[0]
+    return get_topology_desc(platform="tpu", topology_name=name).devices[0]
 
 
 def _compiled(device, layout, shape, key_shape=None, grid=None, dtype="bfloat16"):

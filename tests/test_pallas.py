@@ -29,7 +29,6 @@ CASES = {case.name: case for case in spec.CASES}
 
 
 def _mesh(topology, devices):
-    pytest.importorskip("libtpu")
     found = get_topology_desc(platform="tpu", topology_name=topology).devices[:devices]
     return Mesh(np.array(found), ("data",))
 
