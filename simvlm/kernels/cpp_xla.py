@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from simvlm.kernels import cpp_module
+from simvlm.kernels.manual_axes import axes_of
 
 Array = Any  # jax arrays and tracers
 
@@ -77,7 +78,7 @@ def _on_mesh(operands: Sequence[Array]) -> dict[str, Any]:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return {}
-    varying = frozenset().union(*(jax.typeof(x).mat.varying for x in operands))
+    varying = frozenset[str]().union(*(axes_of(x) for x in operands))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     return {"manual_axis_type": jax.sharding.ManualAxisType(varying=varying), "sharding": whole}
 

@@ -44,11 +44,6 @@ class Capacity:
             decoder_rows=rows("decoder_lens"),
         )
 
-    def union(self, other: Capacity) -> Capacity:
-        """Room for what fits in either."""
-        fields = [field.name for field in dataclasses.fields(self)]
-        return Capacity(**{name: max(getattr(self, name), getattr(other, name)) for name in fields})
-
 
 def dealt(encoder_lens: np.ndarray, decoder_lens: np.ndarray, has_image: np.ndarray, units: int) -> np.ndarray:
     """int[B]: the unit of each sequence.
