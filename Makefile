@@ -71,7 +71,7 @@ test: setup ## the core tier of every test; ends with a table of what ran on whi
 	@$(RUN) -m pytest $(WORKERS) -m "not full and not wheel and not xla"
 
 test-full: setup ## every test of the sources, the long tier included
-	@$(RUN) -m pytest $(WORKERS) -m "not wheel and not xla"
+	@XLA_FLAGS=--xla_force_host_platform_device_count=8 $(RUN) -m pytest $(WORKERS) -m "not wheel and not xla"
 
 test-sanitize: setup ## the C++ kernels under the address, undefined-behaviour and thread sanitizers
 	@$(RUN) tests/sanitize.py

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import atexit
 import collections
 import os
+import shutil
+import tempfile
 
 from nvidia_driver import has_gpu
 
 # Before anything imports triton: without a GPU its kernels run in the interpreter, on CPU tensors.
 os.environ.setdefault("TRITON_INTERPRET", "0" if has_gpu() else "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which torch made deterministic refuses cuBLAS
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")  # a mesh to test on
-# Programs are compiled for TPUs that are not there: ask no metadata server for them, and share libtpu with others.
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-os.environ.setdefault("TPU_WORKER_ID", "0")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+# A mesh to test on. Most of the time of JAX's tests goes into compiling for the CPU; `make test-full` optimizes as users do.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
+# What one test has compiled no other compiles again, be it another process: workers inherit this folder.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="simvlm-tests-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 # Test tensors are tiny: with more threads than one, two test processes would wait for each other at barriers.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -24,6 +27,9 @@ import pytest
 import torch
 from sanitized import use_the_sanitized_module
 
+from simvlm.train import tpu_plan
+
+tpu_plan.set_environment()  # programs are compiled for TPUs that are not there
 use_the_sanitized_module()
 
 # torch.empty and new_empty come filled with NaN, so an output row that a kernel forgets is seen.

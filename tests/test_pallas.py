@@ -4,13 +4,6 @@ own: which device they are for, refusals, transformations. Parity, interpreted, 
 from __future__ import annotations
 
 import dataclasses
-import os
-
-# Read when libtpu is loaded: no metadata server, no cluster, and several test processes.
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-os.environ.setdefault("TPU_WORKER_ID", "0")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import jax
 import jax.numpy as jnp

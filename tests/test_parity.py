@@ -18,11 +18,23 @@ SPECS = {
 }
 CPU_LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
 
-# Triton's interpreter needs some 3 ms a tile and gets bfloat16 wrong; XLA compiles every shape anew.
-INTERPRETED_TILES = 200
+# Triton's interpreter needs some 3 ms a tile and gets bfloat16 wrong.
+INTERPRETED_TILES = {"float32": 200, "float16": 40}
 
-# Interpreted, Pallas compiles each shape for some five seconds: one case of each kind that its tiles know, and the
-# dtypes in turn where the dtype cannot matter.
+# XLA compiles every shape anew, for some two seconds; Pallas, interpreted, for five. So of attention in plain JAX all cases
+# run in float32 and those that a dtype can touch in bfloat16; of Pallas one case of each kind that its tiles know.
+XLA_16_BITS = (
+    "smallest",
+    "edges_prefix_table",
+    "base_encoder",
+    "decoder_only",
+    "huge_heads",
+    "captions_cross",
+    "decode",
+    "padded_ragged",
+    "head_dim_128",
+    "scaled",
+)
 _BOTH = ("float32", "bfloat16")
 PALLAS = {
     "smallest": ("bfloat16",),
@@ -54,14 +66,16 @@ def _variants(status: dispatch.Status) -> list[str]:
 
 def _dtypes(spec, family: str, impl: str, case) -> tuple[str, ...]:
     if impl == "triton":
-        small = spec is not attention_spec or _tiles(case) <= INTERPRETED_TILES
-        return ("float32", "float16") if small else ()
+        return tuple(
+            dtype for dtype, most in INTERPRETED_TILES.items() if spec is not attention_spec or _tiles(case) <= most
+        )
     if family == "jax" and case.memory != "contiguous":
         return ()
     if impl == "pallas":
         return PALLAS.get(case.name, ())
     if family == "jax" and impl != "cpp":
-        return ("float32", "bfloat16")
+        few = spec is attention_spec and case.tier == "core" and case.name not in XLA_16_BITS
+        return ("float32",) if few else ("float32", "bfloat16")
     return spec.DTYPES
 
 

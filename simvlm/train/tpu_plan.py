@@ -182,6 +182,12 @@ def _packed(
     return capacity, fill, batch
 
 
+def set_environment() -> None:
+    """Lets libtpu compile where no TPU is: it must ask nobody for one. Before jax is imported, if it was not yet."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
 def _compiled(
     settings: PlanSettings,
     config: SimVLMConfig,
@@ -189,8 +195,7 @@ def _compiled(
     mesh_shape: tuple[int, int, int],
     capacity: units.Capacity,
 ) -> tuple[Any, float]:
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    set_environment()
     import jax
     import jax.numpy as jnp
     from jax.experimental.topologies import get_topology_desc
