@@ -13,7 +13,7 @@ from nvidia_driver import has_gpu
 # Before anything imports triton: without a GPU its kernels run in the interpreter, on CPU tensors.
 os.environ.setdefault("TRITON_INTERPRET", "0" if has_gpu() else "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which torch made deterministic refuses cuBLAS
-# A mesh to test on. Most of the time of JAX's tests goes into compiling for the CPU; `make test-full` optimizes as users do.
+# A mesh to test on. Most of the time of JAX's tests is compiling for the CPU; `make test-full` optimizes as users do.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
 # What one test has compiled no other compiles again, be it another process: workers inherit this folder.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

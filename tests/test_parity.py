@@ -21,8 +21,8 @@ CPU_LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
 # Triton's interpreter needs some 3 ms a tile and gets bfloat16 wrong.
 INTERPRETED_TILES = {"float32": 200, "float16": 40}
 
-# XLA compiles every shape anew, for some two seconds; Pallas, interpreted, for five. So of attention in plain JAX all cases
-# run in float32 and those that a dtype can touch in bfloat16; of Pallas one case of each kind that its tiles know.
+# XLA compiles every shape anew, for some two seconds; Pallas, interpreted, for five. So of attention in plain JAX all
+# cases run in float32 and one of each kind in bfloat16; of Pallas one case of each kind that its tiles know.
 XLA_16_BITS = (
     "smallest",
     "edges_prefix_table",
