@@ -56,9 +56,9 @@ def traffic(text: str, trips: Iterator[float]) -> Iterator[tuple[Instruction, in
         block = computations[name]
         for instruction in block.values():
             if instruction.opcode == "while":
-                yield from walk(*instruction.called, times * _rounds(computations, block, instruction, trips))
+                yield from walk(instruction.called[0], times * _rounds(computations, block, instruction, trips))
             elif instruction.opcode in ("call", "call-start", "async-start"):
-                yield from walk(*instruction.called, times)
+                yield from walk(instruction.called[0], times)
             elif instruction.opcode not in _FREE:
                 yield instruction, _moved(instruction, block, computations), times
 
@@ -237,7 +237,7 @@ def attention_bytes(topology: str, shape: Shape) -> tuple[int, int]:
         x = struct((rows, HEADS, HEAD_DIM), jnp.bfloat16)
         table = struct((HEADS, 2 * side - 1, 2 * side - 1), jnp.float32)
         index = struct((patches, patches), jnp.int32)
-        return jax.jit(step).lower(x, x, x, table, index, x).compile().as_text()
+        return str(jax.jit(step).lower(x, x, x, table, index, x).compile().as_text())
 
     return hbm_bytes(text(ours), shape.trips(BLOCK_T, BLOCK_S)), hbm_bytes(text(dense))
 
