@@ -66,6 +66,13 @@ def _parser() -> argparse.ArgumentParser:
     world.add_argument("--image-size", type=int, default=64, help="side in pixels (default: %(default)s)")
     world.add_argument("--workers", type=int, default=0, help="processes (default: one for each core)")
     world.set_defaults(run=_data_world)
+    benchmarks = actions.add_parser("benchmarks", help="write the world's benchmarks in the official formats")
+    benchmarks.add_argument("folder")
+    benchmarks.add_argument("--seed", type=int, default=0)
+    benchmarks.add_argument("--scale", type=float, default=1.0, help="of all sizes (default: %(default)s)")
+    benchmarks.add_argument("--image-size", type=int, default=64, help="side in pixels (default: %(default)s)")
+    benchmarks.add_argument("--workers", type=int, default=0, help="processes (default: one for each core)")
+    benchmarks.set_defaults(run=_data_benchmarks)
     tokenizer = actions.add_parser("tokenizer", help="train SentencePiece on the texts of shards")
     tokenizer.add_argument("path", help="where the model is written")
     tokenizer.add_argument("--pairs", nargs="+", help="tar shards: paths, globs, {00..31}")
@@ -128,6 +135,13 @@ def _data_world(arguments: argparse.Namespace) -> str:
 
     options = {name: getattr(arguments, name) for name in ("seed", "pairs", "documents", "image_size", "workers")}
     return data_world(arguments.folder, **options)
+
+
+def _data_benchmarks(arguments: argparse.Namespace) -> str:
+    from simvlm.tasks.commands import data_benchmarks
+
+    options = {name: getattr(arguments, name) for name in ("seed", "scale", "image_size", "workers")}
+    return data_benchmarks(arguments.folder, **options)
 
 
 def _data_tokenizer(arguments: argparse.Namespace) -> str:

@@ -26,6 +26,15 @@ def test_a_world_and_its_tokenizer(tmp_path, capsys):
     assert "380 pieces" in capsys.readouterr().out
 
 
+def test_benchmarks_of_the_world(tmp_path, capsys):
+    options = ["--scale", "0.001", "--image-size", "8", "--workers", "1", "--seed", "5"]
+    assert cli.main(["data", "benchmarks", str(tmp_path), *options]) == 0
+    assert re.match(rf"benchmarks with \d+ pictures in {tmp_path} after \d+ s", capsys.readouterr().out)
+    assert (tmp_path / "vqav2" / "manifest.json").exists()
+    assert cli.main(["data", "benchmarks", str(tmp_path), *options]) == 1
+    assert "vqav2 is there already; remove it first" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
