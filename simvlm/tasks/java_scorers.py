@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,12 @@ SCORERS = {"tokenizer": _tokenizer, "METEOR": _meteor, "SPICE": _spice}
 def _main() -> None:
     answer_to = os.dup(1)
     os.dup2(2, 1)
-    answer = SCORERS[sys.argv[1]](json.load(sys.stdin.buffer))
+    try:
+        answer = SCORERS[sys.argv[1]](json.load(sys.stdin.buffer))
+    except Exception:
+        traceback.print_exc()
+        # At once: pycocoevalcap's METEOR, when its Java is dead, waits in __del__ for a lock that it holds itself.
+        os._exit(1)
     with open(answer_to, "w") as file:
         json.dump(answer, file)
 
