@@ -1,4 +1,4 @@
-"""What runs on this machine: versions, CPU levels, and every implementation of every op or the reason why not."""
+"""What runs on this machine: versions, CPU levels, every op's implementations and every metric, or why not."""
 
 from __future__ import annotations
 
@@ -22,7 +22,19 @@ def report() -> str:
         lines += ["", op]
         for status in implementations(op):
             lines.append(f"  {status.family:6} {status.name:10} {status.reason or 'available'}")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_caption_metrics()])
+
+
+def _caption_metrics() -> list[str]:
+    from simvlm.tasks.caption_metrics import METRICS, unavailable_metrics
+    from simvlm.tasks.java_scorers import java_version
+
+    packages = ", ".join(f"{name} {_version(name)}" for name in ("sacrebleu", "pycocoevalcap"))
+    lines = ["caption metrics", f"  {'Java':10} {java_version() or 'not found'}", f"  {'packages':10} {packages}"]
+    reasons = unavailable_metrics()
+    for metric in METRICS:
+        lines.append(f"  {metric:10} {f'skipped: {reasons[metric]}' if metric in reasons else 'available'}")
+    return lines
 
 
 def variants() -> str:
