@@ -26,12 +26,12 @@ HYPOTHESES = {
     "8": "a red circle a red circle a red circle",
 }
 REFERENCES = {
-    "10": ["there are two green stars above a yellow ring", "two large green stars above a ring"],
     "7": [
         "a red circle to the left of a large blue square",
         "a small red circle is left of a blue square",
         "red circle",
     ],
+    "10": ["there are two green stars above a yellow ring", "two large green stars above a ring"],
     "8": ["a red circle beside a green star", "one red circle and a star"],
     "9": ["a blue square below a small red circle", "a small red circle above a square"],
 }
