@@ -14,8 +14,8 @@ from simvlm.kernels.dispatch import did_you_mean
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand; returns the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    # pretrain's options are its settings' fields, which another parser knows.
-    own, settings = (argv[:1], argv[1:]) if argv[:1] == ["pretrain"] else (argv, [])
+    # These commands' options are their settings' fields, which another parser knows.
+    own, settings = (argv[:1], argv[1:]) if argv[:1] and argv[0] in ("pretrain", "finetune", "eval") else (argv, [])
     arguments = _parser().parse_args(own)
     arguments.settings = settings
     try:
@@ -82,6 +82,11 @@ def _parser() -> argparse.ArgumentParser:
 
     pretrain = commands.add_parser("pretrain", help="train on image-text pairs and documents (--help: all settings)")
     pretrain.set_defaults(run=_pretrain)
+
+    finetune = commands.add_parser("finetune", help="train a model on one benchmark (--help: all settings)")
+    finetune.set_defaults(run=_finetune)
+    evaluate = commands.add_parser("eval", help="score a model or predictions on one benchmark (--help: all settings)")
+    evaluate.set_defaults(run=_eval)
 
     caption = commands.add_parser("caption", help="write a caption for each picture")
     caption.add_argument("images", nargs="+", metavar="IMAGE")
@@ -158,6 +163,18 @@ def _pretrain(arguments: argparse.Namespace) -> str:
     from simvlm.train.pretrain import main as pretrain
 
     return pretrain(arguments.settings)
+
+
+def _finetune(arguments: argparse.Namespace) -> str:
+    from simvlm.tasks.commands import finetune
+
+    return finetune(arguments.settings)
+
+
+def _eval(arguments: argparse.Namespace) -> str:
+    from simvlm.tasks.commands import evaluate
+
+    return evaluate(arguments.settings)
 
 
 def _caption(arguments: argparse.Namespace) -> str:

@@ -86,7 +86,7 @@ class Mixture:
 
     def batch(self, step: int) -> Mixed:
         """The batch of step `step`, counted from 0."""
-        rows: list[_Row] = []
+        rows: list[Row] = []
         skipped: list[Skipped] = []
         for source, order, per_step, read in (
             (IMAGE_TEXT, self._pair_order, self.pairs_per_step, self._pair),
@@ -102,7 +102,7 @@ class Mixture:
                     rows.append(read(index, (self.seed, epoch, source, index)))
                 except BrokenSample as broken:
                     skipped.append(Skipped(kind=broken.kind, shard=broken.shard, key=broken.key))
-        return Mixed(step, _pack(rows, self.image_size, self.row_multiple), tuple(skipped))
+        return Mixed(step, pack(rows, self.image_size, self.row_multiple), tuple(skipped))
 
     def iterate(self, first_step: int, steps: int, prefetch: int = 2) -> Iterator[Mixed]:
         """The batches of steps first_step … steps-1, assembled ahead in a thread."""
@@ -115,7 +115,7 @@ class Mixture:
         assert shards is not None
         return shards.where(index)
 
-    def _pair(self, index: int, key: tuple[int, ...]) -> _Row:
+    def _pair(self, index: int, key: tuple[int, ...]) -> Row:
         assert self.pairs is not None
         sample = self.pairs[index]
         tokens = prefixes.window(self.tokenizer.encode(sample.text), self.max_text_len, *key)
@@ -123,15 +123,15 @@ class Mixture:
             raise BrokenSample("text too short", sample.shard, sample.key)
         picture = decode(sample.image_bytes, shard=sample.shard, key=sample.key)
         image = random_resized_crop(picture, self.image_size, *key)
-        return _Row(IMAGE_TEXT, index, prefixes.split(tokens, prefixes.prefix_length(len(tokens), True, *key)), image)
+        return Row(IMAGE_TEXT, index, prefixes.split(tokens, prefixes.prefix_length(len(tokens), True, *key)), image)
 
-    def _document(self, index: int, key: tuple[int, ...]) -> _Row:
+    def _document(self, index: int, key: tuple[int, ...]) -> Row:
         assert self.documents is not None
         document = self.documents[index]
         tokens = prefixes.window(self.tokenizer.encode(document.text), self.max_text_len, *key)
         if len(tokens) < 2:
             raise BrokenSample("text too short", document.shard, document.key)
-        return _Row(TEXT_ONLY, index, prefixes.split(tokens, prefixes.prefix_length(len(tokens), False, *key)), None)
+        return Row(TEXT_ONLY, index, prefixes.split(tokens, prefixes.prefix_length(len(tokens), False, *key)), None)
 
 
 def capacity_step(most: int) -> int:
@@ -140,7 +140,9 @@ def capacity_step(most: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Row:
+class Row:
+    """One sequence of a batch."""
+
     source: int
     sample_id: int
     text: prefixes.Split
@@ -165,10 +167,10 @@ class _Stream:
         return self._epoch_len
 
 
-def _pack(rows: Sequence[_Row], image_size: int, multiple: int) -> Batch:
+def pack(rows: Sequence[Row], image_size: int, multiple: int) -> Batch:
     """The packed batch of some rows, padded with rows that no sequence owns."""
 
-    def joined(part: Callable[[_Row], Sequence[int]], fill: int) -> tuple[np.ndarray, np.ndarray]:
+    def joined(part: Callable[[Row], Sequence[int]], fill: int) -> tuple[np.ndarray, np.ndarray]:
         lens = np.array([len(part(row)) for row in rows], np.int32)
         total = int(lens.sum())
         room = np.full(max(-(-total // multiple), 1) * multiple, fill, np.int32)

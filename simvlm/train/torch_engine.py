@@ -39,8 +39,8 @@ class TorchEngine:
 
     def __init__(self, settings: PretrainSettings, config: SimVLMConfig) -> None:
         self.processes = ALONE
-        self.device = _device(settings.device)
-        self.precision = _precision(settings.precision, self.device)
+        self.device = device_of(settings.device)
+        self.precision = precision_of(settings.precision, self.device)
         torch.manual_seed(settings.seed)
         self.model = SimVLM(config, impl=settings.impl).to(self.device).train()
         self.optimizer = adamw(self.model, settings.optimizer)
@@ -127,7 +127,11 @@ class TorchEngine:
         self.optimizer.load_state_dict(state)
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """
+    Raises:
+        ValueError: this machine has no such device.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -138,7 +142,8 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _precision(name: Precision, device: torch.device) -> Precision:
+def precision_of(name: Precision, device: torch.device) -> Precision:
+    """ "auto": bfloat16 where the processor multiplies it."""
     if name != "auto":
         return name
     if device.type == "cuda":

@@ -1,0 +1,226 @@
+"""`simvlm eval TASK`: a model, or a file of predictions, on one split; scores with intervals, and the files behind.
+
+result.json          scores, controls' names, counts, hashes of the annotation files
+items.jsonl          of every example: id, group, prediction, score
+predictions.json     as the benchmark's server takes it (NLVR2: predictions.csv)
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from simvlm.data.judge import judge
+from simvlm.data.scenes import Scene
+from simvlm.model.weights import load
+from simvlm.tasks import probe
+from simvlm.tasks.batches import Batches, shuffled_pictures
+from simvlm.tasks.caption_metrics import bleu, caption_scores
+from simvlm.tasks.classifier import Classifier
+from simvlm.tasks.examples import Example, Split
+from simvlm.tasks.metrics import bootstrap, by_group, chance_warning, vqa_soft_score
+from simvlm.tasks.predictions import check_complete
+from simvlm.tasks.settings import EvalSettings
+from simvlm.tasks.table import Task, task_of
+from simvlm.tasks.world_pictures import SCENES, scene_of
+from simvlm.train.torch_engine import device_of, precision_of
+
+RESULT, ITEMS = "result.json", "items.jsonl"
+
+
+def evaluate(settings: EvalSettings) -> dict[str, Any]:
+    """What `result.json` holds; written, with the items and predictions, where `settings.out` is given.
+
+    Raises:
+        ValueError, OSError: a setting, a file, the checkpoint or the predictions are at fault; it is named.
+    """
+    task = task_of(settings.task)
+    if bool(settings.checkpoint) == bool(settings.predictions):
+        got = "both" if settings.checkpoint else "neither"
+        raise ValueError(f"eval: one of checkpoint and predictions must be given, got {got}")
+    name = settings.split or task.splits[2]
+    split = task.read(settings.data, name, skip_missing=settings.skip_missing)
+    if settings.limit is not None:
+        split = dataclasses.replace(split, examples=split.examples[: settings.limit])
+    if settings.predictions:
+        if task.read_predictions is None:
+            raise ValueError(f"eval: {task.name} has no format for predictions; give a checkpoint")
+        predictions = task.read_predictions(Path(settings.predictions))
+        check_complete(predictions, split)
+        cut = 0
+    else:
+        predictions, cut = predict(task, split, settings)
+    scored = score(task, split, predictions, seed=settings.seed)
+    result = {
+        "task": task.name,
+        "split": name,
+        "examples": len(split.examples),
+        "left_out": split.left_out | ({"texts cut to the model's length": cut} if cut else {}),
+        "sha256": split.sha256,
+        "settings": dataclasses.asdict(settings),
+        **scored.result,
+    }
+    if settings.out:
+        _write(Path(settings.out), task, split, predictions, scored, result)
+    return result
+
+
+def predict(task: Task, split: Split, settings: EvalSettings) -> tuple[dict[str, str], int]:
+    """(the model's answer to each example by id, a label's name or what it wrote; how many texts were cut).
+
+    Raises:
+        ValueError: the checkpoint has no head of these labels.
+    """
+    examples = split.examples
+    if settings.pictures == "shuffled":
+        examples = tuple(shuffled_pictures(examples))
+    device = device_of(settings.device)
+    model, _, tokenizer = load(settings.checkpoint, image_size=settings.image_size, impl=settings.impl)
+    model.to(device)
+    batches = Batches(task, model.config, tokenizer, pictures="masked" if settings.pictures == "masked" else "own")
+    bfloat16 = precision_of(settings.precision, device) == "bfloat16"
+    if task.head == "probe":
+        return probe.predict(task, split, model, batches, settings, bfloat16=bfloat16), 0
+    classifier = None
+    if task.head != "write":
+        classifier = Classifier.load(Path(settings.checkpoint), model).eval()
+        if task.head == "classify" and classifier.labels != split.labels:
+            raise ValueError(
+                f"eval: checkpoint must be finetuned to the labels {split.labels}, got {classifier.labels}"
+            )
+    found: dict[str, str] = {}
+    for first in range(0, len(examples), settings.batch):
+        part = examples[first : first + settings.batch]
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            if classifier is None:
+                prompts = [batches.prompt(example) for example in part]
+                texts = model.generate(batches.images(part), prompts, beam=settings.beam, max_len=settings.max_len)
+                answers = [tokenizer.decode(text.tokens).strip() for text in texts]
+            else:
+                batch = batches.batch(part, None, ids=range(first, first + len(part)))
+                chosen = classifier(batch.inputs(model.config).to(device)).argmax(1).tolist()
+                answers = [classifier.labels[i] for i in chosen]
+        found.update((example.id, answer) for example, answer in zip(part, answers, strict=True))
+    return found, len(batches.cut)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """`result`: what is reported; `items`: a score for each example, by id, where there is one."""
+
+    result: dict[str, Any]
+    items: dict[str, float]
+
+
+def score(task: Task, split: Split, predictions: Mapping[str, str], *, seed: int = 0) -> Scored:
+    """Scores of predictions by id; {} where the split has no answers.
+
+    Raises:
+        ValueError: some examples have answers and some have none.
+    """
+    examples = split.examples
+    answered = [example.label is not None if split.labels else bool(example.references) for example in examples]
+    if not any(answered):
+        return Scored({"note": "this split has no answers: the server has them"}, {})
+    if not all(answered):
+        raise ValueError(f"{task.name}: all examples of {split.name} must have answers, got {sum(answered)} that do")
+    if task.metric in ("accuracy", "vqa"):
+        return _score_each(task, split, predictions, seed)
+    result: dict[str, Any] = {}
+    items: dict[str, float] = {}
+    if task.metric == "bleu":
+        found = bleu(
+            [predictions[example.id] for example in examples], [example.references for example in examples], seed=seed
+        )
+        result["bleu"] = {**dataclasses.asdict(found.interval), "signature": found.signature}
+    else:
+        groups = sorted({example.group for example in examples} - {""})
+        for group in ["", *groups]:
+            part = [example for example in examples if not group or example.group == group]
+            texts = {example.id: predictions[example.id] for example in part}
+            scores = caption_scores(texts, {example.id: example.references for example in part})
+            entry = {"values": scores.values, "skipped": scores.skipped, "signatures": scores.signatures}
+            if "CIDEr" in scores.items:
+                entry["cider"] = dataclasses.asdict(bootstrap(list(scores.items["CIDEr"].values()), seed=seed))
+            result.setdefault("captions", {})[group or "all"] = entry
+            items = items or scores.items.get("CIDEr", {})
+        scenes = scenes_of(examples)
+        if scenes is not None:
+            right = {
+                example.id: float(judge(predictions[example.id], scenes[example.id]).correct) for example in examples
+            }
+            result["judged_right"] = dataclasses.asdict(bootstrap(list(right.values()), seed=seed))
+            items = right
+    return Scored(result, items)
+
+
+def scenes_of(examples: Sequence[Example]) -> dict[str, Scene] | None:
+    """The generated world's scenes behind the pictures, by id; None for real pictures."""
+    tables: dict[Path, Any] = {}
+    found = {}
+    for example in examples:
+        path = example.images[0].resolve()  # COCO's pictures may be links to VQA's
+        for folder in path.parents[:3]:
+            if folder not in tables:
+                tables[folder] = json.loads((folder / SCENES).read_text()) if (folder / SCENES).is_file() else {}
+            entry = tables[folder].get(str(path.relative_to(folder)))
+            if entry is not None:
+                found[example.id] = scene_of(entry["split"], entry["objects"], entry["seed"])
+                break
+        else:
+            return None
+    return found
+
+
+def _score_each(task: Task, split: Split, predictions: Mapping[str, str], seed: int) -> Scored:
+    """Accuracy, or VQA's score, with the majority's beside it (of VQA, the majority of each question type)."""
+    examples = split.examples
+    groups = [example.group for example in examples]
+
+    def truth(example: Example) -> str:
+        if task.metric == "vqa":
+            return max(example.references, key=example.references.count)
+        assert example.label is not None
+        return split.labels[example.label]
+
+    def value(example: Example, said: str) -> float:
+        return vqa_soft_score(said, example.references) if task.metric == "vqa" else float(said == truth(example))
+
+    counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    for example in examples:
+        counts[example.group][truth(example)] += 1
+    majority = [value(example, counts[example.group].most_common(1)[0][0]) for example in examples]
+    scores = {example.id: value(example, predictions[example.id]) for example in examples}
+    values = list(scores.values())
+    mean = bootstrap(values, seed=seed)
+    chance = sum(majority) / len(majority)
+    result: dict[str, Any] = {"score": dataclasses.asdict(mean), "majority": chance}
+    if len(set(groups)) > 1:
+        result["groups"] = {
+            name: dataclasses.asdict(interval) for name, interval in by_group(values, groups, seed=seed).items()
+        }
+    if (warning := chance_warning(mean, chance)) is not None:
+        result["warning"] = warning
+    return Scored(result, scores)
+
+
+def _write(
+    out: Path, task: Task, split: Split, predictions: Mapping[str, str], scored: Scored, result: dict[str, Any]
+) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    (out / RESULT).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    with open(out / ITEMS, "w", encoding="utf-8") as file:
+        for example in split.examples:
+            line: dict[str, Any] = {"id": example.id, "group": example.group, "prediction": predictions[example.id]}
+            if example.id in scored.items:
+                line["score"] = scored.items[example.id]
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    if task.write_predictions is not None:
+        suffix = "csv" if task.name == "nlvr2" else "json"
+        task.write_predictions(out / f"predictions.{suffix}", predictions)

@@ -1,0 +1,289 @@
+"""`simvlm finetune TASK`: a pretrained model on one benchmark (SimVLM §4.1; what the paper leaves open: docs/tasks.md).
+
+Classification adds a linear head to the decoder's last state; captioning, translation and open-ended questions are what
+pretraining was, a prefix and a text that is written. BatchNorm's statistics stay those of pretraining.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from simvlm.data.tokenizer import Tokenizer
+from simvlm.model.torch_model import SimVLM
+from simvlm.model.weights import load
+from simvlm.tasks import settings as task_settings
+from simvlm.tasks import vqav2
+from simvlm.tasks.batches import Batches
+from simvlm.tasks.classifier import Classifier
+from simvlm.tasks.examples import Example, Split
+from simvlm.tasks.metrics import vqa_normalise, vqa_soft_score
+from simvlm.tasks.settings import FinetuneSettings
+from simvlm.tasks.table import Task, task_of
+from simvlm.train.checkpoint import write_whole
+from simvlm.train.objectives import suffix_nll
+from simvlm.train.optim import adamw, learning_rate
+from simvlm.train.torch_engine import device_of, precision_of
+
+CHECKPOINT, LOG, RESULT = "checkpoint", "log.jsonl", "finetune.json"
+_DEV_BATCH = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What one example teaches: a class, the scores of classes, or a text."""
+
+    example: Example
+    label: int = -1
+    scores: dict[int, float] = dataclasses.field(default_factory=dict)
+    text: str = ""
+
+
+def finetune(settings: FinetuneSettings) -> dict[str, Any]:
+    """Trains with every learning rate, keeps the model that is best on dev, and returns what `finetune.json` holds.
+
+    Raises:
+        ValueError, OSError: a setting, a file or the checkpoint is at fault; it is named.
+    """
+    task_settings.check(settings)
+    task = task_of(settings.task)
+    train_name, dev_name, _ = task.splits
+    if not train_name or task.head == "probe":
+        raise ValueError(f"task must be one that has a training split for finetuning, got {task.name}")
+    out = Path(settings.out)
+    if (out / RESULT).exists():
+        raise FileExistsError(f"out: {out} holds a finished run; another --out, or remove it")
+    train, dev = (task.read(settings.data, name, skip_missing=settings.skip_missing) for name in (train_name, dev_name))
+    labels = labels_of(task, train, settings.data)
+    teaching = _targets(task, train, labels)
+    if settings.leave_out_answers:
+        left_out = {vqa_normalise(answer) for answer in settings.leave_out_answers}
+        teaching = [target for target in teaching if vqa_normalise(target.text) not in left_out]
+    order = np.random.default_rng(settings.seed).permutation(len(teaching))
+    teaching = [teaching[i] for i in order[: max(1, round(settings.fraction * len(teaching)))]]
+    judging = _targets(task, dev, labels)
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(out / LOG, "")
+    runs: list[dict[str, Any]] = []
+    for lr in settings.lr:
+        run = _Run(settings, task, labels, teaching, judging, lr, out)
+        found = run.train()
+        if not runs or found["dev"] > max(other["dev"] for other in runs):
+            run.save(out / CHECKPOINT)
+        runs.append(found)
+    best = max(runs, key=lambda found: found["dev"])
+    result = {
+        "settings": dataclasses.asdict(settings),
+        "train_examples": len(teaching),
+        "dev_examples": len(judging),
+        "sha256": train.sha256 | dev.sha256,
+        "runs": runs,
+        **best,
+    }
+    write_whole(out / RESULT, json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def labels_of(task: Task, split: Split, data: str) -> tuple[str, ...]:
+    """Names of the classes; of VQA the answer vocabulary; () where the model writes."""
+    if task.head == "answers":
+        return vqav2.answer_vocabulary(data, normalise=vqa_normalise)
+    return split.labels if task.head == "classify" else ()
+
+
+class _Run:
+    """One learning rate, from the pretrained model on."""
+
+    def __init__(
+        self,
+        settings: FinetuneSettings,
+        task: Task,
+        labels: tuple[str, ...],
+        teaching: list[Target],
+        judging: list[Target],
+        lr: float,
+        out: Path,
+    ) -> None:
+        self.settings, self.task, self.teaching, self.judging, self.out = settings, task, teaching, judging, out
+        self.device = device_of(settings.device)
+        self.precision = precision_of(settings.precision, self.device)
+        torch.manual_seed(settings.seed)
+        model, self.tokenizer = _start(settings)
+        model.to(self.device)
+        self.model = model
+        self.module: nn.Module = model
+        if labels:
+            self.module = Classifier(model, labels, task.sequences).to(self.device)
+        for name in settings.freeze:
+            part = getattr(model, name, None)
+            if not isinstance(part, (nn.Module, nn.Parameter)):
+                raise ValueError(f"freeze must name parts of the model, got {name!r}")
+            part.requires_grad_(False)
+        self.optimizer_settings = dataclasses.replace(settings.optimizer, lr=lr)
+        self.optimizer = adamw(self.module, self.optimizer_settings)
+        self.batches = Batches(task, model.config, self.tokenizer, pictures=settings.pictures, seed=settings.seed)
+        self.steps_per_epoch = -(-len(teaching) // settings.batch)
+
+    def train(self) -> dict[str, Any]:
+        """The best epoch's dev score; the module holds its weights."""
+        settings = self.settings
+        steps = settings.epochs * self.steps_per_epoch
+        best, kept = -math.inf, {}
+        best_epoch = 0
+        step = 0
+        for epoch in range(settings.epochs):
+            self.module.train()
+            began, total = time.perf_counter(), 0.0
+            for ids in self._order(epoch):
+                lr = learning_rate(step, steps, self.optimizer_settings)
+                total += self._step(ids, epoch, step, lr)
+                step += 1
+            dev = self._dev()
+            entry = {
+                "lr": self.optimizer_settings.lr,
+                "epoch": epoch + 1,
+                "loss": total / self.steps_per_epoch,
+                "dev": dev,
+                "seconds": round(time.perf_counter() - began, 2),
+            }
+            with open(self.out / LOG, "a") as log:
+                log.write(json.dumps(entry) + "\n")
+            if dev > best:
+                best, best_epoch = dev, epoch + 1
+                kept = {name: x.detach().clone() for name, x in self.module.state_dict().items()}
+        self.module.load_state_dict(kept)
+        cut = len(self.batches.cut)
+        return {"lr": self.optimizer_settings.lr, "epoch": best_epoch, "dev": best, "examples_cut": cut}
+
+    def save(self, folder: Path) -> None:
+        if isinstance(self.module, Classifier):
+            self.module.save(folder, self.task.name, self.tokenizer)
+        else:
+            self.model.save_pretrained(folder, self.tokenizer)
+
+    def _order(self, epoch: int) -> Iterator[np.ndarray]:
+        order = np.random.default_rng((self.settings.seed, epoch)).permutation(len(self.teaching))
+        for first in range(0, len(order), self.settings.batch):
+            yield order[first : first + self.settings.batch]
+
+    def _step(self, ids: np.ndarray, epoch: int, step: int, lr: float) -> float:
+        loss = self._loss([self.teaching[i] for i in ids], ids, epoch, (self.settings.seed, step)).mean()
+        if not torch.isfinite(loss):
+            raise ValueError(f"finetune: step {step + 1} gave a loss of {loss.item()}; a smaller lr may get past it")
+        loss.backward()
+        norm = self.settings.optimizer.max_grad_norm
+        if norm is not None:
+            nn.utils.clip_grad_norm_(self.module.parameters(), norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(loss.detach())
+
+    def _loss(self, targets: list[Target], ids: Any, epoch: int | None, noise: tuple[int, int] | None) -> Tensor:
+        """float[n]: of every example, or of every token that is written."""
+        texts = [target.text for target in targets] if self.task.head == "write" else None
+        batch = self.batches.batch([target.example for target in targets], texts, ids=ids, epoch=epoch)
+        inputs = batch.inputs(self.model.config).to(self.device)
+        smoothing = self.settings.label_smoothing if epoch is not None else 0.0
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            if texts is None:
+                return _class_loss(self.module(inputs, noise).float(), targets, smoothing)
+            hidden = self.model(inputs, noise)
+            if smoothing:
+                return _smooth_nll(self.model.logits(hidden).float(), inputs.targets, smoothing)
+            nll = suffix_nll(hidden, self.model.embedding, inputs.targets)
+        return nll[: int(batch.decoder_lens.sum())]
+
+    @torch.no_grad()
+    def _dev(self) -> float:
+        """Accuracy or VQA's score; for writing, minus the mean loss of a token."""
+        self.module.eval()
+        found: list[Tensor] = []
+        for first in range(0, len(self.judging), _DEV_BATCH):
+            part = self.judging[first : first + _DEV_BATCH]
+            ids = range(first, first + len(part))
+            if self.task.head == "write":
+                found.append(-self._loss(part, ids, None, None))
+                continue
+            batch = self.batches.batch([target.example for target in part], None, ids=ids)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+                chosen = self.module(batch.inputs(self.model.config).to(self.device)).argmax(1).tolist()
+            scores = [
+                target.scores.get(best, 0.0) if self.task.head == "answers" else float(target.label == best)
+                for target, best in zip(part, chosen, strict=True)
+            ]
+            found.append(torch.tensor(scores))
+        return float(torch.cat(found).double().mean())
+
+
+def _start(settings: FinetuneSettings) -> tuple[SimVLM, Tokenizer]:
+    rates: dict[str, Any] = {
+        "dropout": settings.dropout,
+        "stochastic_depth": settings.stochastic_depth,
+        "impl": settings.impl,
+    }
+    if settings.checkpoint:
+        model, _, tokenizer = load(settings.checkpoint, image_size=settings.image_size, **rates)
+        model.conv.freeze_statistics()
+        return model, tokenizer
+    from simvlm.train.pretrain import model_config
+    from simvlm.train.settings import PretrainSettings
+
+    tokenizer = Tokenizer(settings.tokenizer)
+    wanted = PretrainSettings(out="", variant=settings.variant, image_size=settings.image_size)
+    # Statistics that nothing gathered are gathered now.
+    return SimVLM(model_config(wanted, tokenizer.vocab_size), **rates), tokenizer
+
+
+def _targets(task: Task, split: Split, labels: tuple[str, ...]) -> list[Target]:
+    """What each example teaches; several for one with several captions.
+
+    Raises:
+        ValueError: an example has no label or reference.
+    """
+    classes = {label: i for i, label in enumerate(labels)}
+    found = []
+    for example in split.examples:
+        if task.head == "classify":
+            if example.label is None:
+                raise ValueError(f"{task.name}: {split.name} must have labels, got none for example {example.id}")
+            found.append(Target(example, label=example.label))
+            continue
+        if not example.references:
+            raise ValueError(f"{task.name}: {split.name} must have references, got none for example {example.id}")
+        if task.head == "answers":
+            scores = vqav2.soft_scores(example.references, classes, normalise=vqa_normalise, soft_score=vqa_soft_score)
+            found.append(Target(example, scores=scores))
+        elif task.metric == "vqa":
+            found.append(Target(example, text=max(example.references, key=example.references.count)))
+        else:
+            found += [Target(example, text=text) for text in example.references]
+    return found
+
+
+def _class_loss(logits: Tensor, targets: list[Target], smoothing: float) -> Tensor:
+    """Cross-entropy; of soft scores binary cross-entropy, summed over the classes."""
+    if targets[0].label >= 0:
+        labels = torch.tensor([target.label for target in targets], device=logits.device)
+        return F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
+    wanted = torch.zeros_like(logits)
+    for row, target in enumerate(targets):
+        for index, score in target.scores.items():
+            wanted[row, index] = score
+    return F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").sum(1)
+
+
+def _smooth_nll(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+    written = targets >= 0
+    return F.cross_entropy(logits[written], targets[written].long(), reduction="none", label_smoothing=smoothing)
