@@ -88,6 +88,17 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("eval", help="score a model or predictions on one benchmark (--help: all settings)")
     evaluate.set_defaults(run=_eval)
 
+    reproduce = commands.add_parser("reproduce", help="run the paper's experiments, from where they stopped")
+    reproduce.add_argument("--scale", default="demo", help="demo, small or base (default: %(default)s)")
+    reproduce.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="of the table (default: all)")
+    reproduce.add_argument("--out", default="runs/reproduce", help="results (default: %(default)s)")
+    reproduce.add_argument("--work", default="runs/reproduce", help="checkpoints and data (default: %(default)s)")
+    reproduce.add_argument("--data", default="", help="pairs/ documents/ tokenizer.model benchmarks/ (demo: generated)")
+    reproduce.add_argument("--workers", type=int, default=1, help="jobs at a time (default: %(default)s)")
+    reproduce.add_argument("--share", type=float, default=1.0, help="of the generated data (default: %(default)s)")
+    reproduce.add_argument("--show", action="store_true", help="print the commands and run none")
+    reproduce.set_defaults(run=_reproduce)
+
     caption = commands.add_parser("caption", help="write a caption for each picture")
     caption.add_argument("images", nargs="+", metavar="IMAGE")
     caption.add_argument("--model", default="runs/demo/checkpoint", help="its folder (default: %(default)s)")
@@ -175,6 +186,13 @@ def _eval(arguments: argparse.Namespace) -> str:
     from simvlm.tasks.commands import evaluate
 
     return evaluate(arguments.settings)
+
+
+def _reproduce(arguments: argparse.Namespace) -> str:
+    from simvlm.tasks.commands import reproduce
+
+    options = {name: getattr(arguments, name) for name in ("scale", "rows", "data", "workers", "share", "show")}
+    return reproduce(arguments.out, arguments.work, **options)
 
 
 def _caption(arguments: argparse.Namespace) -> str:

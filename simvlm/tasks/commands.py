@@ -52,3 +52,50 @@ def _settings(kind: Any, command: str, argv: Sequence[str]) -> Any:
 
     named = [] if not argv or argv[0].startswith("-") else ["--task", argv[0]]
     return tyro.cli(kind, args=[*named, *argv[len(named) // 2 :]], prog=f"simvlm {command} TASK")
+
+
+def reproduce(
+    out: str, work: str, *, scale: str, rows: Sequence[str], data: str, workers: int, share: float, show: bool
+) -> str:
+    """`simvlm reproduce`: runs what has no result yet.
+
+    Raises:
+        ValueError: no scale or row has that name, or jobs failed.
+    """
+    from pathlib import Path
+
+    from simvlm.kernels.dispatch import did_you_mean
+    from simvlm.model.config import variant
+    from simvlm.tasks import reproduce as runner
+    from simvlm.tasks.rows import SCALES, Data, jobs
+    from simvlm.tasks.world_data import prepare
+
+    if scale not in SCALES:
+        raise ValueError(f"scale must be one of {list(SCALES)}, got {scale!r}{did_you_mean(scale, list(SCALES))}")
+    chosen = SCALES[scale]
+    root = Path(data or f"{work}/data")
+    found = Data(
+        pairs=f"{root}/pairs/*.tar",
+        documents=f"{root}/documents/*",
+        tokenizer=f"{root}/tokenizer.model",
+        benchmarks=f"{root}/benchmarks",
+    )
+    if scale == "demo":
+        found = prepare(root, share=share, workers=workers)
+    made = jobs(chosen, found, len(variant(chosen.variant).conv_depths))
+    names = sorted({job.row for job in made})
+    for row in rows:
+        if row not in names:
+            raise ValueError(f"rows must be of {names}, got {row!r}{did_you_mean(row, names)}")
+    wanted = [job for job in made if not rows or job.row in rows]
+    needed = {job.name for job in wanted}
+    for job in reversed(made):
+        if job.name in needed and job.needs is not None:
+            needed.add(job.needs)
+    all_jobs = [job for job in made if job.name in needed]
+    if show:
+        return "\n".join(f"{job.name}\t{runner.command(job)}" for job in all_jobs)
+    failed = runner.run(all_jobs, Path(out), Path(work), workers=workers)
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(all_jobs)} jobs failed: {', '.join(failed)}")
+    return f"{len(all_jobs)} jobs done; their results: {out}/{runner.JOBS}"

@@ -1,0 +1,176 @@
+"""`simvlm reproduce`: the paper's experiments as jobs (pretrain, finetune, eval), run where they stopped.
+
+A job's result is one file, `<out>/jobs/<name>.json`; where it is there the job is done. Checkpoints lie in `<work>/`
+and may be removed: they are made again for jobs that still need them. What the rows are made of: rows.py.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import json
+import multiprocessing
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from simvlm.train.checkpoint import write_whole
+
+Kind = Literal["pretrain", "finetune", "eval"]
+JOBS = "jobs"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """One command.
+
+    Attributes:
+        name: of its result, and of its folder.
+        kind: which command.
+        settings: its options: fields of PretrainSettings, FinetuneSettings or EvalSettings. "@name" stands for the
+            checkpoint of another job.
+        row: of the table.
+        seed: of the row.
+    """
+
+    name: str
+    kind: Kind
+    settings: Mapping[str, Any]
+    row: str
+    seed: int
+
+    @property
+    def needs(self) -> str | None:
+        """The job whose checkpoint this one reads."""
+        value = self.settings.get("checkpoint", "")
+        return value[1:] if value.startswith("@") else None
+
+
+def run(jobs: Sequence[Job], out: Path, work: Path, *, workers: int) -> list[str]:
+    """Runs all jobs that have no result yet, each after the one it needs; returns the names of those that failed.
+
+    Args:
+        jobs: all that are wanted.
+        out: where results are kept.
+        work: where checkpoints are.
+        workers: processes; they share the processor's cores.
+    """
+    (out / JOBS).mkdir(parents=True, exist_ok=True)
+    by_name = {job.name: job for job in jobs}
+    missing = [job for job in jobs if not result_path(out, job.name).exists()]
+    wanted: dict[str, Job] = {}
+    for job in missing:  # and the checkpoints that are gone but needed
+        chain = [job]
+        while (needed := chain[-1].needs) is not None and not checkpoint_of(by_name[needed], work).exists():
+            chain.append(by_name[needed])
+        for each in reversed(chain):
+            wanted.setdefault(each.name, each)
+    threads = max(1, len(os.sched_getaffinity(0)) // workers)
+    context = multiprocessing.get_context("spawn")
+    failed: list[str] = []
+    with concurrent.futures.ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_limit_threads, initargs=(threads,)
+    ) as pool:
+        running: dict[concurrent.futures.Future[dict[str, Any]], Job] = {}
+        waiting = list(wanted.values())
+        while waiting or running:
+            busy = {job.name for job in running.values()} | {job.name for job in waiting}
+            for job in [job for job in waiting if job.needs is None or job.needs not in busy]:
+                waiting.remove(job)
+                if job.needs in failed:
+                    failed.append(job.name)
+                else:
+                    running[pool.submit(do, job, by_name, work)] = job
+            done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+            for future in done:
+                job = running.pop(future)
+                try:
+                    write_whole(result_path(out, job.name), json.dumps(future.result(), indent=1) + "\n")
+                    print(f"{job.name}: done", flush=True)
+                except (ValueError, OSError) as error:
+                    failed.append(job.name)
+                    print(f"{job.name}: {error}", flush=True)
+    return failed
+
+
+def do(job: Job, by_name: Mapping[str, Job], work: Path) -> dict[str, Any]:
+    """One job's result: what its command found, its seconds, and the command."""
+    from simvlm.tasks import evaluate, finetune
+    from simvlm.tasks.settings import EvalSettings, FinetuneSettings
+
+    began = time.perf_counter()
+    folder = work / job.name
+    settings = dict(job.settings)
+    if (needed := job.needs) is not None:
+        settings["checkpoint"] = str(checkpoint_of(by_name[needed], work))
+    found: dict[str, Any]
+    if job.kind == "eval":
+        found = evaluate.evaluate(EvalSettings(**settings, out=str(folder)))
+    elif job.kind == "finetune":
+        shutil.rmtree(folder, ignore_errors=True)  # what a run that was cut off left
+        found = finetune.finetune(FinetuneSettings(**settings, out=str(folder)))
+    else:
+        found = _pretrained(folder, settings)
+    return {
+        "row": job.row,
+        "seed": job.seed,
+        "kind": job.kind,
+        "command": command(job),
+        "seconds": round(time.perf_counter() - began, 1),
+        "found": found,
+    }
+
+
+def checkpoint_of(job: Job, work: Path) -> Path:
+    """Where a job's model lies once it is trained."""
+    return work / job.name / "checkpoint"
+
+
+def result_path(out: Path, name: str) -> Path:
+    return out / JOBS / f"{name.replace('/', '.')}.json"
+
+
+def command(job: Job) -> str:
+    """The command line that does the same."""
+    parts, flat = ["simvlm", job.kind], _flat(job.settings)
+    if "task" in flat:
+        parts.append(str(flat.pop("task")))
+    for name, value in flat.items():
+        values = value if isinstance(value, (tuple, list)) else (value,)
+        parts.append(f"--{name.replace('_', '-')} {' '.join(map(str, values))}")
+    return " ".join(parts)
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            for field in dataclasses.fields(value):
+                own = getattr(value, field.name)
+                if own != field.default and own != ():
+                    found[f"{name}.{field.name}"] = own
+        else:
+            found[name] = value
+    return found
+
+
+def _pretrained(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    from simvlm.train import loop
+    from simvlm.train.pretrain import pretrain
+    from simvlm.train.settings import PretrainSettings
+
+    last = pretrain(PretrainSettings(**settings, out=str(folder)), resume=True)
+    link = folder / "checkpoint"
+    link.unlink(missing_ok=True)
+    link.symlink_to(last.relative_to(folder))
+    log = [json.loads(line) for line in (folder / loop.LOG).read_text().splitlines()]
+    return {"log": [{name: line[name] for name in ("step", "loss")} for line in log], "skipped": log[-1]["skipped"]}
+
+
+def _limit_threads(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
