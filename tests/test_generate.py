@@ -155,6 +155,26 @@ def test_beam_search_is_its_definition(model):
     assert len(lengths) > 2
 
 
+@pytest.mark.parametrize("options", [{}, {"beam": 3}, {"sample": Sampling(seed=4)}, {"sample": Sampling(top_k=2)}])
+@pytest.mark.parametrize("config", ARCHS.values(), ids=ARCHS)
+def test_sentinels_are_never_written(config, options):
+    """However likely they are; the score is still that of the whole vocabulary."""
+    model = tiny_model(config).eval()
+    with torch.no_grad():
+        model.embedding[-8:] *= 4
+    images, prompts = _items(config)
+    written = {token for text in model.generate(images, prompts, max_len=MAX_LEN, **options) for token in text.tokens}
+    assert max(written) >= config.vocab_size - 8, "they are likely"
+    model.config = dataclasses.replace(config, num_sentinels=8)
+    texts = model.generate(images, prompts, max_len=MAX_LEN, **options)
+    assert max(token for text in texts for token in text.tokens) < model.config.num_pieces
+    log_p = _log_p(model, images[0], prompts[0], ())
+    if options == {}:
+        assert texts[0].tokens[0] == int(log_p[: model.config.num_pieces].argmax())
+    with pytest.raises(ValueError, match="beam must be at most half the vocabulary, 32, got 17"):
+        model.generate(images, prompts, beam=17)
+
+
 @pytest.mark.parametrize("options", [{}, {"beam": 3}])
 def test_batched_is_single(model, options):
     images, prompts = _items(model.config)

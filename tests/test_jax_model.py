@@ -144,10 +144,13 @@ def test_how_it_runs_changes_nothing(remat, tmp_path):
     _compare(tiny_model(config, impl="reference"), config, packed(config, SEQUENCES), tmp_path, **options)
 
 
-@pytest.mark.parametrize("name", ["encoder_decoder", "decoder_only", pytest.param("continue", marks=pytest.mark.full)])
-def test_captions_equal_torchs(name, tmp_path):
-    """Greedy and by beams, with and without pictures and prompts."""
-    config = MODELS[name]
+@pytest.mark.parametrize(
+    ("name", "sentinels"),
+    [("encoder_decoder", 0), ("decoder_only", 16), pytest.param("continue", 0, marks=pytest.mark.full)],
+)
+def test_captions_equal_torchs(name, sentinels, tmp_path):
+    """Greedy and by beams, with and without pictures and prompts; sentinels are never written."""
+    config = dataclasses.replace(MODELS[name], num_sentinels=sentinels)
     tiny_model(config).float().save_pretrained(tmp_path)
     theirs, ours = SimVLM.from_pretrained(tmp_path), JaxSimVLM.from_pretrained(tmp_path)
     rng = np.random.default_rng(0)
@@ -158,6 +161,7 @@ def test_captions_equal_torchs(name, tmp_path):
         expected = theirs.generate(images, prompts, beam=beam, max_len=8)
         got = ours.generate(images, prompts, beam=beam, max_len=8)
         assert [text.tokens for text in got] == [text.tokens for text in expected]
+        assert all(token < config.num_pieces for text in got for token in text.tokens)
         np.testing.assert_allclose([x.score for x in got], [x.score for x in expected], rtol=1e-4)
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from model_cases import ARCHS, ONE_STACK, TINY, alone, packed, tiny_model
 
 from simvlm.model import VARIANTS, Batch, SimVLM, SimVLMConfig, parameter_counts, resnet, variant
+from simvlm.model.config import as_decoder_only, with_conv_stages
 from simvlm.model.noise import image_branch_scale, row_noise
 
 SEQUENCES = [(True, 3, 4), (False, 5, 2), (True, 0, 6), (False, 1, 1), (True, 2, 3)]
@@ -82,6 +83,67 @@ def test_every_conv_stage_gives_its_grid(changes):
     config = dataclasses.replace(config, width=64, mlp_dim=64, num_heads=2, decoder_depth=1, vocab_size=8)
     features = SimVLM(config).conv(torch.zeros(2, 32, 32, 3, dtype=torch.uint8))
     assert features.shape == (2, 2, 2, config.patch_channels)
+
+
+# Parameters with 0, 1, … stages, and with one more than the variant has; then as one stack.
+STAGES = {
+    "demo": (1_299_208, 1_314_536, 1_341_416, 1_610_600),
+    "small": (75_909_184, 77_838_464, 78_009_472, 84_583_552, 100_072_576),
+    "base": (223_506_960, 226_878_800, 226_525_520, 251_829_584, 267_580_752),
+    "large": (739_731_840, 743_365_056, 743_607_744, 782_123_456, 799_186_368),
+    "huge": (1_512_218_368, 1_518_137_168, 1_518_512_208, 1_578_658_128, 1_605_311_568),
+}
+ONE_STACKS = {
+    "demo": 1_144_948,
+    "small": 76_216_000,
+    "base": 223_566_176,
+    "large": 681_590_592,
+    "huge": 1_369_067_856,
+}
+
+
+@pytest.mark.parametrize(("name", "stages"), [(name, stages) for name in STAGES for stages in range(len(STAGES[name]))])
+def test_conv_stages_keep_the_tokens(name, stages):
+    config = with_conv_stages(VARIANTS[name], stages)
+    assert len(config.conv_depths) == stages
+    assert config.image_grid == VARIANTS[name].image_grid
+    assert parameter_counts(config) == _counted(config)
+    assert parameter_counts(config)["total"] == STAGES[name][stages]
+    if stages == len(VARIANTS[name].conv_depths):
+        assert config == VARIANTS[name]
+
+
+@pytest.mark.parametrize("stages", range(4))
+def test_conv_stages_run(stages):
+    config = with_conv_stages(VARIANTS["demo"], stages)
+    features = SimVLM(config).conv(torch.zeros(1, 64, 64, 3, dtype=torch.uint8))
+    assert features.shape == (1, 8, 8, config.patch_channels)
+
+
+def test_conv_stages_are_the_written_out_ablations():
+    for stages, name in ((2, "two blocks"), (4, "four blocks")):
+        assert with_conv_stages(VARIANTS["base"], stages) == dataclasses.replace(VARIANTS["base"], **ABLATIONS[name])
+    assert with_conv_stages(VARIANTS["base"], 0).patch_size == 16
+
+
+@pytest.mark.parametrize("stages", [-1, 5])
+def test_conv_stages_that_cannot_be(stages):
+    with pytest.raises(ValueError, match=rf"conv_stages must be from 0 to 4 for a model of 3 stages, got {stages}"):
+        with_conv_stages(VARIANTS["base"], stages)
+    linear = with_conv_stages(VARIANTS["base"], 0)
+    assert with_conv_stages(linear, 0) == linear
+    with pytest.raises(ValueError, match="conv_stages must be from 0 to 0 for a model of 0 stages, got 1"):
+        with_conv_stages(linear, 1)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_one_stack_has_the_layers_of_both(name):
+    both = VARIANTS[name]
+    config = as_decoder_only(both)
+    assert (config.arch, config.decoder_depth) == ("decoder_only", both.encoder_depth + both.decoder_depth)
+    assert parameter_counts(config) == _counted(config)
+    assert parameter_counts(config)["total"] == ONE_STACKS[name]
+    assert as_decoder_only(config) == config
 
 
 def test_patches_without_convolutions_are_pixels_row_major():

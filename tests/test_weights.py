@@ -62,6 +62,17 @@ def test_load_gives_model_preprocess_and_tokenizer(tokenizer, tmp_path):
     assert isinstance(same.decode(text.tokens), str)
 
 
+def test_a_tokenizer_has_no_sentinels(tokenizer, tmp_path):
+    """A model of span corruption has more ids than its tokenizer, by just those."""
+    config = dataclasses.replace(TINY, vocab_size=PIECES + 8, num_sentinels=8)
+    tiny_model(config).float().save_pretrained(tmp_path / "whole", tokenizer)
+    model, _, same = simvlm.load(tmp_path / "whole")
+    assert model.config == config
+    assert same.vocab_size == model.config.num_pieces == PIECES
+    with pytest.raises(ValueError, match=f"tokenizer must have the model's {PIECES + 4} pieces, got {PIECES}"):
+        tiny_model(dataclasses.replace(config, num_sentinels=4)).save_pretrained(tmp_path / "other", tokenizer)
+
+
 def test_every_difference_is_named_at_once(folder):
     path = folder / "model.safetensors"
     tensors = safetensors.torch.load_file(path)

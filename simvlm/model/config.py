@@ -34,6 +34,8 @@ class SimVLMConfig:
         patch_size: side of the square of the last stage's pixels (the image's, without stages) that is one token.
         image_size: side S of the square images, in pixels.
         vocab_size, max_text_len: V, and the most tokens of one text.
+        num_sentinels: how many of the V, the last, are no pieces of the tokenizer but mark the spans of span
+            corruption; they are never generated.
         decoder_positions: "restart" at 0 in the decoder, or "continue" after the encoder's text. A decoder-only model
             always continues.
         image_mean, image_std: of each colour channel, on a scale of 0 … 1.
@@ -55,6 +57,7 @@ class SimVLMConfig:
     image_size: int = 224
     vocab_size: int = 32_000
     max_text_len: int = 256
+    num_sentinels: int = 0
     decoder_positions: str = "restart"
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -69,7 +72,12 @@ class SimVLMConfig:
         for name in ("width", "mlp_dim", "num_heads", "decoder_depth", "patch_size", "image_size", "max_text_len"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         _require(self.encoder_depth >= 0, "encoder_depth", "at least 0", self.encoder_depth)
-        _require(self.vocab_size >= 4, "vocab_size", "at least 4 (pad, bos, eos, unk)", self.vocab_size)
+        _require(self.num_sentinels >= 0, "num_sentinels", "at least 0", self.num_sentinels)
+        least = 4 + self.num_sentinels
+        beside = f" and {self.num_sentinels} sentinels" if self.num_sentinels else ""
+        _require(
+            self.vocab_size >= least, "vocab_size", f"at least {least} (pad, bos, eos, unk{beside})", self.vocab_size
+        )
         _require(self.width % self.num_heads == 0, "width", f"a multiple of num_heads = {self.num_heads}", self.width)
         head_dim_is_legal = self.head_dim % 8 == 0 and 8 <= self.head_dim <= 128
         _require(head_dim_is_legal, "width / num_heads", "a multiple of 8 from 8 to 128", self.head_dim)
@@ -89,6 +97,11 @@ class SimVLMConfig:
     def arch(self) -> str:
         """ "encoder_decoder" or "decoder_only"."""
         return "encoder_decoder" if self.encoder_depth else "decoder_only"
+
+    @property
+    def num_pieces(self) -> int:
+        """Ids that the tokenizer knows: all below this one."""
+        return self.vocab_size - self.num_sentinels
 
     @property
     def head_dim(self) -> int:
@@ -147,6 +160,7 @@ def _require(fine: bool, name: str, what: str, value: Any) -> None:
 
 
 _RESNET50, _RESNET101, _RESNET152 = (3, 4, 6), (3, 4, 23), (3, 8, 36)  # He et al. 2015, table 1: conv2_x … conv4_x
+_ADDED_DEPTH = 3  # conv5_x of all three
 _WIDER = {"conv_stem_width": 80, "conv_widths": (80, 160, 320)}  # ×1.25, so that channels meet the width 1280
 
 
@@ -179,6 +193,40 @@ def variant(name: str) -> SimVLMConfig:
             f"variant: name must be one of {list(VARIANTS)}, got {name!r}{did_you_mean(name, [*VARIANTS])}"
         )
     return VARIANTS[name]
+
+
+def as_decoder_only(config: SimVLMConfig) -> SimVLMConfig:
+    """One stack with as many layers as both had; a model of one stack as it is."""
+    return dataclasses.replace(config, encoder_depth=0, decoder_depth=config.encoder_depth + config.decoder_depth)
+
+
+def with_conv_stages(config: SimVLMConfig, stages: int) -> SimVLMConfig:
+    """The config with so many convolution stages and as many image tokens: the patches grow by the strides of those
+    that are left out, down to pixels cut into patches at once; one that is added has a stride of 1.
+
+    Raises:
+        ValueError: there are to be fewer than none, or more than one to add (to a model without stages: any).
+    """
+    own = len(config.conv_depths)
+    most = own + 1 if own else 0
+    if not 0 <= stages <= most:
+        raise ValueError(f"conv_stages must be from 0 to {most} for a model of {own} stages, got {stages}")
+    if stages > own:
+        return dataclasses.replace(
+            config,
+            conv_depths=(*config.conv_depths, _ADDED_DEPTH),
+            conv_widths=(*config.conv_widths, 2 * config.conv_widths[-1]),
+            conv_strides=(*config.conv_strides, 1),
+        )
+    strides = config.conv_strides[:stages]
+    kept = CONV_STEMS[config.conv_stem] * math.prod(strides) if stages else 1
+    return dataclasses.replace(
+        config,
+        conv_depths=config.conv_depths[:stages],
+        conv_widths=config.conv_widths[:stages],
+        conv_strides=strides,
+        patch_size=config.stride // kept,
+    )
 
 
 def parameter_counts(config: SimVLMConfig) -> dict[str, int]:

@@ -34,9 +34,9 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     values: dict[str, Any] = {"model_type": _MODEL_TYPE, **config.to_dict()}
     if tokenizer is not None:
-        if tokenizer.vocab_size != config.vocab_size:
+        if tokenizer.vocab_size != config.num_pieces:
             raise ValueError(
-                f"save_pretrained: tokenizer must have the model's {config.vocab_size} pieces, "
+                f"save_pretrained: tokenizer must have the model's {config.num_pieces} pieces, "
                 f"got {tokenizer.vocab_size}"
             )
         values["tokenizer_sha256"] = tokenizer.sha256

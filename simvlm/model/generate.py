@@ -75,8 +75,9 @@ def generate(
     _at_least_one("generate", "max_len", max_len)
     if sample is not None and beam != 1:
         raise ValueError(f"generate: beam must be 1 with sample, got {beam}")
-    if 2 * beam > model.config.vocab_size:
-        raise ValueError(f"generate: beam must be at most half the vocabulary, {model.config.vocab_size}, got {beam}")
+    pieces = model.config.num_pieces
+    if 2 * beam > pieces:
+        raise ValueError(f"generate: beam must be at most half the vocabulary, {pieces}, got {beam}")
     batch = batch_of("generate", model.config, images, prompts, None)
     count = len(batch.has_image)
     if not count:
@@ -84,8 +85,8 @@ def generate(
     with _evaluating(model):
         step = Decoding(model, batch, beam, max_len).step
         if sample is not None:
-            return sample_search(step, count, sample, max_len, model.device)
-        return beam_search(step, count, beam, max_len, model.device)
+            return sample_search(step, count, sample, max_len, model.device, pieces)
+        return beam_search(step, count, beam, max_len, model.device, pieces)
 
 
 def score(
@@ -121,12 +122,14 @@ def encode_image(model: SimVLM, images: np.ndarray | Tensor) -> Tensor:
     return states.unflatten(0, (len(batch.images), model.config.image_len))
 
 
-def beam_search(step: Step, count: int, beam: int, max_len: int, device: torch.device) -> list[Generated]:
-    """The best hypothesis of each item; see search.py."""
+def beam_search(
+    step: Step, count: int, beam: int, max_len: int, device: torch.device, pieces: int | None = None
+) -> list[Generated]:
+    """The best hypothesis of each item; see search.py. Of the vocabulary only the first `pieces` are written."""
 
     def best(tokens: list[int], time: int, parents: list[int] | None, scores: list[float]) -> search.Continuations:
         of_parents = None if parents is None else torch.tensor(parents, device=device)
-        log_p = _log_p(step(torch.tensor(tokens, device=device), time, of_parents))
+        log_p = _log_p(step(torch.tensor(tokens, device=device), time, of_parents), pieces)
         totals = (log_p.new_tensor(scores)[:, None] + log_p).reshape(count, -1)
         values, ids = (x.cpu().numpy() for x in _first_best(totals, 2 * beam))
         return values, *divmod(ids, log_p.shape[1])
@@ -134,14 +137,16 @@ def beam_search(step: Step, count: int, beam: int, max_len: int, device: torch.d
     return search.beam_search(best, count, beam, max_len)
 
 
-def sample_search(step: Step, count: int, sampling: Sampling, max_len: int, device: torch.device) -> list[Generated]:
-    """One drawn text per item, by the Gumbel-max trick."""
+def sample_search(
+    step: Step, count: int, sampling: Sampling, max_len: int, device: torch.device, pieces: int | None = None
+) -> list[Generated]:
+    """One drawn text per item, by the Gumbel-max trick; of the first `pieces` of the vocabulary."""
     texts: list[list[int]] = [[] for _ in range(count)]
     totals, finished = [0.0] * count, [False] * count
     tokens = torch.full((count,), BOS, device=device)
     item_keys = mix(torch.arange(count, device=device)[:, None] + mix(torch.full((1,), sampling.seed, device=device)))
     for time in range(max_len):
-        log_p = _log_p(step(tokens, time, None))
+        log_p = _log_p(step(tokens, time, None), pieces)
         channels = torch.arange(log_p.shape[1], device=device)
         gumbel = -torch.log(-torch.log(uniform(mix(item_keys + time) + channels)))
         tokens = (_restricted(log_p, sampling).double() + gumbel).argmax(1)
@@ -165,9 +170,9 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _log_p(logits: Tensor) -> Tensor:
-    """ln p of the next token; pad and BOS, which are never targets, are never written."""
-    log_p = F.log_softmax(_wide(logits), -1)
+def _log_p(logits: Tensor, pieces: int | None) -> Tensor:
+    """ln p of the next token; pad and BOS, which are never targets, are never written, nor what no tokenizer knows."""
+    log_p = F.log_softmax(_wide(logits), -1)[:, :pieces]
     log_p[:, [PAD, BOS]] = -math.inf
     return log_p
 

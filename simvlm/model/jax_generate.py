@@ -52,8 +52,8 @@ def generate(
     for name, value in (("beam", beam), ("max_len", max_len)):
         if value < 1:
             raise ValueError(f"generate: {name} must be at least 1, got {value}")
-    if 2 * beam > config.vocab_size:
-        raise ValueError(f"generate: beam must be at most half the vocabulary, {config.vocab_size}, got {beam}")
+    if 2 * beam > config.num_pieces:
+        raise ValueError(f"generate: beam must be at most half the vocabulary, {config.num_pieces}, got {beam}")
     batch = batch_of("generate", config, images, prompts, None)
     count = len(batch.has_image)
     if not count:
@@ -81,7 +81,7 @@ def generate(
         chosen = np.arange(count * beam) if parents is None else np.array(parents)
         given = (np.array(tokens), np.int32(time), chosen, np.array(scores, np.float32))
         cache, values, ids = step(state, cache, prefix, prefix_layout, first, *given)
-        return np.asarray(values), *divmod(np.asarray(ids), config.vocab_size)
+        return np.asarray(values), *divmod(np.asarray(ids), config.num_pieces)
 
     return search.beam_search(best, count, beam, max_len)
 
@@ -131,7 +131,7 @@ def _step(
 
     x = model.embed_text(tokens, first + time)
     x, cache = jax.lax.scan(layer, x, (stacked, cache, prefix))
-    log_p = jax.nn.log_softmax(model.logits(model.decoder.norm(x), execution))
+    log_p = jax.nn.log_softmax(model.logits(model.decoder.norm(x), execution))[:, : model.config.num_pieces]
     log_p = log_p.at[:, jnp.array([PAD, BOS])].set(-jnp.inf)  # pad and BOS, which are never targets
     totals = (scores[:, None] + log_p).reshape(-1, beam * log_p.shape[1])
     return cache, *jax.lax.top_k(totals, 2 * beam)  # of equals the lowest id first, as documented

@@ -42,9 +42,9 @@ def load(folder: str | Path, **options: Any) -> tuple[SimVLM, Preprocess, Tokeni
     model = from_pretrained(folder, **options)
     tokenizer = Tokenizer(folders.existing(folder, TOKENIZER))
     expected = folders.read_config(folder).get("tokenizer_sha256")
-    if tokenizer.vocab_size != model.config.vocab_size:
+    if tokenizer.vocab_size != model.config.num_pieces:
         raise ValueError(
-            f"load: {TOKENIZER} in {folder} must have the model's {model.config.vocab_size} pieces, "
+            f"load: {TOKENIZER} in {folder} must have the model's {model.config.num_pieces} pieces, "
             f"got {tokenizer.vocab_size}"
         )
     if expected is not None and tokenizer.sha256 != expected:
