@@ -90,7 +90,8 @@ class JaxEngine:
             most = np.asarray(multihost_utils.process_allgather(own)).reshape(-1, len(fields)).max(0)
             capacity = units.Capacity(**dict(zip(fields, map(int, most), strict=True)))
         joined = units.stacked(batches, self.config, capacity)
-        return jax.tree.map(lambda x: x.reshape(self._accumulate, -1, *x.shape[1:]), joined)
+        local = len(batches) // self._accumulate  # not -1: without pictures their array has no size
+        return jax.tree.map(lambda x: x.reshape(self._accumulate, local, *x.shape[1:]), joined)
 
     def _on_mesh(self, local: np.ndarray) -> jax.Array:
         shape = (local.shape[0], self._units, *local.shape[2:])
