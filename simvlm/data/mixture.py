@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import grain
 import numpy as np
 
-from simvlm.data import prefixes
-from simvlm.data.shards import BrokenSample, ImageTextShards, decode
-from simvlm.data.text import TextShards
+from simvlm.data import prefixes, spans
+from simvlm.data.prefixes import EOS, Objective
+from simvlm.data.shards import BrokenSample, ImageTextShards, Sample, decode
+from simvlm.data.text import Document, TextShards
 from simvlm.data.tokenizer import Tokenizer
 from simvlm.data.transforms import random_resized_crop
 from simvlm.model.batch import IGNORED, IMAGE_TEXT, TEXT_ONLY, Batch
@@ -53,6 +54,12 @@ class Mixture:
         row_multiple: packed rows are padded to a multiple of it, so that few sizes occur.
         seed: of the order and of everything drawn for a sample.
         part: (index, count): this mixture assembles the index-th of `count` equal parts of every batch.
+        objective: how a text is divided between encoder and decoder. "prefix_lm": at a place that is drawn; "lm": as
+            early as can be, after 0 tokens with an image and 1 without; "span_corruption": see spans.py.
+        pairs_fraction: the share of the pairs that is used: those that a run over all of them meets first.
+
+    Attributes:
+        num_pairs: how many that are.
     """
 
     def __init__(
@@ -68,20 +75,31 @@ class Mixture:
         row_multiple: int = 64,
         seed: int = 0,
         part: tuple[int, int] = (0, 1),
+        objective: Objective = "prefix_lm",
+        pairs_fraction: float = 1.0,
     ) -> None:
         self.pairs, self.documents, self.tokenizer = pairs, documents, tokenizer
         self.pairs_per_step = pairs_per_step if pairs is not None else 0
         self.documents_per_step = documents_per_step if documents is not None else 0
         if not self.pairs_per_step + self.documents_per_step:
             raise ValueError("Mixture: a batch must hold at least one pair or document, got none of either")
-        self.image_size, self.max_text_len, self.row_multiple = image_size, max_text_len, row_multiple
+        if objective not in get_args(Objective):
+            raise ValueError(f"Mixture: objective must be one of {list(get_args(Objective))}, got {objective!r}")
+        self.num_pairs = 0 if pairs is None else round(pairs_fraction * len(pairs))
+        if pairs is not None and len(pairs) and not self.num_pairs:
+            raise ValueError(
+                f"Mixture: pairs_fraction must leave at least one of the {len(pairs)} pairs, got {pairs_fraction}"
+            )
+        self.objective = objective
+        self.image_size, self.row_multiple = image_size, row_multiple
+        self.max_text_len = spans.longest_text(max_text_len) if objective == "span_corruption" else max_text_len
         for name in ("pairs_per_step", "documents_per_step"):
             if getattr(self, name) % part[1]:
                 raise ValueError(
                     f"Mixture: {name} must be a multiple of the {part[1]} parts, got {getattr(self, name)}"
                 )
         self.seed, self.part = seed, part
-        self._pair_order = _order(pairs, seed) if self.pairs_per_step else None
+        self._pair_order = _order(pairs, seed, self.num_pairs) if self.pairs_per_step else None
         self._document_order = _order(documents, seed + 1) if self.documents_per_step else None
 
     def batch(self, step: int) -> Mixed:
@@ -118,20 +136,27 @@ class Mixture:
     def _pair(self, index: int, key: tuple[int, ...]) -> Row:
         assert self.pairs is not None
         sample = self.pairs[index]
-        tokens = prefixes.window(self.tokenizer.encode(sample.text), self.max_text_len, *key)
-        if len(tokens) < 2:
-            raise BrokenSample("text too short", sample.shard, sample.key)
+        text = self._divided(sample, True, key)
         picture = decode(sample.image_bytes, shard=sample.shard, key=sample.key)
-        image = random_resized_crop(picture, self.image_size, *key)
-        return Row(IMAGE_TEXT, index, prefixes.split(tokens, prefixes.prefix_length(len(tokens), True, *key)), image)
+        return Row(IMAGE_TEXT, index, text, random_resized_crop(picture, self.image_size, *key))
 
     def _document(self, index: int, key: tuple[int, ...]) -> Row:
         assert self.documents is not None
-        document = self.documents[index]
-        tokens = prefixes.window(self.tokenizer.encode(document.text), self.max_text_len, *key)
+        return Row(TEXT_ONLY, index, self._divided(self.documents[index], False, key), None)
+
+    def _divided(self, sample: Sample | Document, has_image: bool, key: tuple[int, ...]) -> prefixes.Split:
+        tokens = prefixes.window(self.tokenizer.encode(sample.text), self.max_text_len, *key)
+        corrupts = self.objective == "span_corruption"
+        if corrupts and tokens[-1] == EOS:
+            tokens.pop()  # its targets have an end of their own
         if len(tokens) < 2:
-            raise BrokenSample("text too short", document.shard, document.key)
-        return Row(TEXT_ONLY, index, prefixes.split(tokens, prefixes.prefix_length(len(tokens), False, *key)), None)
+            raise BrokenSample("text too short", sample.shard, sample.key)
+        if corrupts:
+            return spans.corrupt(tokens, self.tokenizer.vocab_size, *key)
+        shortest = 0 if has_image else 1
+        drawn = self.objective == "prefix_lm"
+        prefix = prefixes.prefix_length(len(tokens), has_image, *key) if drawn else shortest
+        return prefixes.split(tokens, prefix)
 
 
 def capacity_step(most: int) -> int:
@@ -149,19 +174,24 @@ class Row:
     image: np.ndarray | None
 
 
-def _order(source: Any, seed: int) -> Any:
-    """An endless stream of indices: a fresh permutation of the source every epoch."""
+def _order(source: Any, seed: int, count: int | None = None) -> Any:
+    """An endless stream of indices: a fresh permutation of the source every epoch; or of the first `count` indices of
+    that stream alone."""
     if not len(source):
         raise ValueError("Mixture: a source must hold at least one sample, got an empty one")
-    return _Stream(grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(), len(source))
+    whole = grain.MapDataset.range(len(source)).seed(seed).shuffle()
+    if count is None or count == len(source):
+        return _Stream(whole.repeat(), len(source))
+    return _Stream(grain.MapDataset.range(count).seed(seed).shuffle().repeat(), count, whole)
 
 
 class _Stream:
-    def __init__(self, indices: Any, epoch_len: int) -> None:
-        self._indices, self._epoch_len = indices, epoch_len
+    def __init__(self, indices: Any, epoch_len: int, chosen: Any = None) -> None:
+        self._indices, self._epoch_len, self._chosen = indices, epoch_len, chosen
 
     def __getitem__(self, position: int) -> int:
-        return self._indices[position]
+        index = self._indices[position]
+        return index if self._chosen is None else self._chosen[index]
 
     def __len__(self) -> int:
         return self._epoch_len

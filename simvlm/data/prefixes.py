@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Literal
 
 from simvlm.data.draws import Draws
 
 BOS, EOS = 1, 2
+
+Objective = Literal["prefix_lm", "lm", "span_corruption"]
 
 
 @dataclasses.dataclass(frozen=True)

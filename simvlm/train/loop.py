@@ -83,10 +83,10 @@ class Run:
 
     def _what_must_stay(self) -> dict[str, Any]:
         """What the order of the samples depends on, as a checkpoint remembers it."""
-        pairs, documents = self.mixture.pairs, self.mixture.documents
+        documents = self.mixture.documents
         return {
             "tokenizer_sha256": self.mixture.tokenizer.sha256,
-            "pairs": 0 if pairs is None else len(pairs),
+            "pairs": self.mixture.num_pairs,
             "documents": 0 if documents is None else len(documents),
         }
 

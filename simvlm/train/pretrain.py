@@ -11,17 +11,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from simvlm.data import spans
 from simvlm.data.mixture import Mixture, capacity_step
 from simvlm.data.shards import ImageTextShards
 from simvlm.data.text import TextShards
 from simvlm.data.tokenizer import Tokenizer
-from simvlm.model.config import VARIANTS, SimVLMConfig, variant
+from simvlm.model.config import VARIANTS, SimVLMConfig, as_decoder_only, variant, with_conv_stages
 from simvlm.train import checkpoint, loop
 from simvlm.train import settings as run_settings
 from simvlm.train.processes import ALONE, Processes
 from simvlm.train.settings import PretrainSettings
 
-_DESCRIPTION = """PrefixLM pretraining.
+_DESCRIPTION = """Pretraining: PrefixLM, or the objectives and architectures that it is compared with.
 
 --config FILE takes the settings of a YAML file, as run.yaml of a run's folder; options given beside it win.
 --resume FOLDER goes on with the run in that folder, with its own settings; options given beside it win.
@@ -52,6 +53,9 @@ def pretrain(settings: PretrainSettings, *, resume: bool = False) -> Path:
     for shards in (mixture.pairs, mixture.documents):
         for shard in [] if shards is None else shards.cut:
             print(f"{shard} is cut short; what is whole in it is used", file=sys.stderr)
+    if settings.data.fraction < 1 and mixture.pairs is not None:
+        used, all_pairs = mixture.num_pairs, len(mixture.pairs)
+        print(f"data.fraction {settings.data.fraction}: {used} of the {all_pairs} pairs are used", file=sys.stderr)
     settings = dataclasses.replace(settings, device=str(engine.device), precision=engine.precision)
     run = loop.Run(engine, mixture, settings, image_len=config.image_len)
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,7 +93,12 @@ def _installed(name: str) -> bool:
 
 
 def model_config(settings: PretrainSettings, vocab_size: int) -> SimVLMConfig:
-    """The architecture of `settings.variant`, with the tokenizer's vocabulary."""
+    """The architecture of `settings.variant` with what the settings change in it, and the tokenizer's vocabulary, which
+    span corruption adds its sentinels to.
+
+    Raises:
+        ValueError: there is no such variant, or it cannot be changed so.
+    """
     if settings.variant in VARIANTS or not settings.variant.endswith(".json"):
         config = variant(settings.variant)
     else:
@@ -102,8 +111,17 @@ def model_config(settings: PretrainSettings, vocab_size: int) -> SimVLMConfig:
         config = SimVLMConfig.from_dict(
             {k: v for k, v in values.items() if k not in ("model_type", "tokenizer_sha256")}
         )
+    if settings.arch == "encoder_decoder" and config.arch != settings.arch:
+        raise ValueError(f"arch must be decoder_only for {settings.variant}, a model of one stack, got {settings.arch}")
+    if settings.arch == "decoder_only":
+        config = as_decoder_only(config)
+    if settings.conv_stages is not None:
+        config = with_conv_stages(config, settings.conv_stages)
+    sentinels = spans.num_sentinels(config.max_text_len) if settings.objective == "span_corruption" else 0
     image_size = config.image_size if settings.image_size is None else settings.image_size
-    return dataclasses.replace(config, vocab_size=vocab_size, image_size=image_size)
+    return dataclasses.replace(
+        config, vocab_size=vocab_size + sentinels, num_sentinels=sentinels, image_size=image_size
+    )
 
 
 def mixture_of(
@@ -122,6 +140,8 @@ def mixture_of(
         row_multiple=capacity_step((chosen.pairs_per_step + chosen.documents_per_step) * config.max_text_len),
         seed=settings.seed,
         part=(processes.index, processes.count),
+        objective=settings.objective,
+        pairs_fraction=chosen.fraction,
     )
 
 

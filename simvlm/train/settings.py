@@ -8,9 +8,11 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
+from simvlm.data.prefixes import Objective
 from simvlm.kernels.dispatch import did_you_mean
 
 FILE = "run.yaml"
+Arch = Literal["encoder_decoder", "decoder_only"]
 Engine = Literal["torch", "jax"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Remat = Literal["none", "layer", "dots"]
@@ -27,9 +29,11 @@ class DataSettings:
     tokenizer: str = ""
     """the SentencePiece model"""
     pairs_per_step: int = 4096
-    """of every batch (the paper's number)"""
+    """of every batch (the paper's number); 0: none"""
     documents_per_step: int = 512
-    """of every batch (the paper's number)"""
+    """of every batch (the paper's number); 0: none"""
+    fraction: float = 1.0
+    """share of the pairs that is used: those that a run over all of them would meet first"""
     max_skipped_share: float = 0.05
     """the run stops when more than this share of the samples is broken"""
 
@@ -68,7 +72,7 @@ class JaxSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainSettings:
-    """PrefixLM pretraining of one model."""
+    """Pretraining of one model."""
 
     out: str
     """the run's folder"""
@@ -76,6 +80,14 @@ class PretrainSettings:
     """a size by name (`simvlm doctor --variants`), or the path of a config.json; the vocabulary is the tokenizer's"""
     image_size: int | None = None
     """side of the pictures in pixels; None: the variant's"""
+    arch: Arch | None = None
+    """two stacks, or one with as many layers as both; None: the variant's"""
+    conv_stages: int | None = None
+    """stages of convolutions, at equal image tokens: from 0 (linear patches) to one more than the variant's; None: the
+    variant's"""
+    objective: Objective = "prefix_lm"
+    """what the encoder reads of a text: a prefix of random length (prefix_lm), as little as can be (lm), or all but the
+    spans that the decoder writes (T5's span_corruption)"""
     steps: int = 1_000_000
     """of the optimizer, over the whole run"""
     seed: int = 0
@@ -115,6 +127,14 @@ def check(settings: PretrainSettings) -> None:
         _require(name, getattr(settings, name) >= 1, "at least 1", getattr(settings, name))
     for name in ("pairs_per_step", "documents_per_step"):
         _require(f"data.{name}", getattr(data, name) >= 0, "at least 0", getattr(data, name))
+    read = (bool(data.pairs) and data.pairs_per_step > 0, bool(data.documents) and data.documents_per_step > 0)
+    _require(
+        "data.pairs_per_step, data.documents_per_step",
+        any(read),
+        "above 0 for one that has shards",
+        f"{data.pairs_per_step} and {data.documents_per_step}, with shards of {_sources(data)}",
+    )
+    _require("data.fraction", 0 < data.fraction <= 1, "above 0 and at most 1", data.fraction)
     _require("data.max_skipped_share", 0 <= data.max_skipped_share <= 1, "from 0 to 1", data.max_skipped_share)
     _require("optimizer.lr", optimizer.lr > 0, "above 0", optimizer.lr)
     _require("optimizer.warmup", 0 <= optimizer.warmup < 1, "at least 0 and below 1", optimizer.warmup)
@@ -134,7 +154,12 @@ def check(settings: PretrainSettings) -> None:
     index, count = settings.jax.process
     _require("jax.process", 0 <= index < count, "an index and a larger count", settings.jax.process)
     weights = settings.loss_weights
-    _require("loss_weights", min(weights) >= 0 and max(weights) > 0, "at least 0, one above it", weights)
+    counts = any(weight > 0 for weight, used in zip(weights, read, strict=True) if used)
+    _require("loss_weights", min(weights) >= 0 and counts, "at least 0, one above it of what is read", weights)
+
+
+def _sources(data: DataSettings) -> str:
+    return " and ".join(name for name in ("pairs", "documents") if getattr(data, name))
 
 
 def _require(name: str, fine: bool, what: str, got: Any) -> None:
@@ -189,7 +214,7 @@ def _built(kind: Any, value: Any, where: str) -> Any:
         if not isinstance(value, list) or (parts[-1] is not ... and len(value) != len(parts)):
             raise ValueError(f"{where} must be a list{'' if parts[-1] is ... else f' of {len(parts)}'}, got {value!r}")
         return tuple(_built(parts[0], item, where) for item in value)
-    if origin is types.UnionType:  # X | None
+    if origin in (types.UnionType, typing.Union):  # X | None
         return None if value is None else _built(parts[0], value, where)
     if origin is Literal:
         if value not in parts:
