@@ -125,10 +125,10 @@ class _Run:
         if labels:
             self.module = Classifier(model, labels, task.sequences).to(self.device)
         for name in settings.freeze:
-            part = getattr(model, name, None)
-            if not isinstance(part, (nn.Module, nn.Parameter)):
+            if not isinstance(part := getattr(model, name, self), (nn.Module, nn.Parameter, type(None))):
                 raise ValueError(f"freeze must name parts of the model, got {name!r}")
-            part.requires_grad_(False)
+            if part is not None:  # a model may have no projection
+                part.requires_grad_(False)
         self.optimizer_settings = dataclasses.replace(settings.optimizer, lr=lr)
         self.optimizer = adamw(self.module, self.optimizer_settings)
         self.batches = Batches(task, model.config, self.tokenizer, pictures=settings.pictures, seed=settings.seed)

@@ -14,7 +14,7 @@ from simvlm.tasks.rows import Data
 from simvlm.tasks.table import TASKS
 from simvlm.tasks.world import write_benchmarks
 
-PAIRS, DOCUMENTS = 100_000, 20_000
+PAIRS, DOCUMENTS = 60_000, 20_000
 VOCAB_SIZE = 768
 _TEXTS = 10_000
 """of pairs and of documents that the tokenizer learns from"""
