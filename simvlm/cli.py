@@ -124,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--remat", choices=("none", "layer", "dots"), default="layer", help="(default: %(default)s)")
     plan.add_argument("--accumulate", type=int, default=1, help="micro-batches a step (default: %(default)s)")
     plan.add_argument("--impl", choices=("xla", "pallas"), default="xla", help="kernels (default: %(default)s)")
+    plan.add_argument("--quick", action="store_true", help="a compiler that optimizes less, in less than half the time")
     plan.add_argument("--save-hlo", metavar="FOLDER", help="keep the compiled program's text")
     plan.add_argument("--compare", nargs="+", default=[], metavar="TOPOLOGY", help="a table with these beside it")
     plan.add_argument("--json", action="store_true", help="numbers with their units, for a program to read")

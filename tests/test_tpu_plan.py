@@ -105,18 +105,10 @@ ENTRY %main (p: f32[4]) -> f32[4] {
     assert found["reduce-scatter"] == hlo.Traffic(1, 64 * 4 * 3 // 4)
 
 
-@pytest.fixture
-def quick_compiler():
-    """Less than half the time, for a slower program."""
-    jax.config.update("jax_exec_time_optimization_effort", -1.0)
-    yield
-    jax.config.update("jax_exec_time_optimization_effort", 0.0)
-
-
 @pytest.mark.parametrize("topology", ["v3:2x2", "v5p:2x2x1"])
-def test_the_training_step_of_small_compiles_and_fits(topology, tmp_path, capsys, quick_compiler):
+def test_the_training_step_of_small_compiles_and_fits(topology, tmp_path, capsys):
     arguments = ["--variant", "small", "--image-text-batch", "32", "--text-batch", "4", "--topology", topology]
-    assert cli.main(["tpu-plan", *arguments, "--save-hlo", str(tmp_path), "--json"]) == 0
+    assert cli.main(["tpu-plan", *arguments, "--quick", "--save-hlo", str(tmp_path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert 0 < found["argument_gib"] < found["peak_gib"] < found["usable_gib"]
     # Parameters and moments, float32, cut over all devices but for what does not divide.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,18 +89,3 @@ NOTHING = ((0,), np.float32)
 
 def _target(name: str) -> str:
     return f"simvlm.{name}"
-
-
-def differentiable_once(op: str, backward: Callable[..., Any]) -> Callable[..., Any]:
-    """`backward(static, *arrays)`, whose own derivative raises by name instead of speaking of custom calls."""
-
-    def refuse(*_: Any) -> Any:
-        raise NotImplementedError(f"{op}: double backward is not supported by impl='cpp'")
-
-    once = jax.custom_vjp(backward, nondiff_argnums=(0,))
-    once.defvjp(refuse, refuse)
-    return once
-
-
-def is_zero(cotangent: Any) -> bool:
-    return isinstance(cotangent, jax.custom_derivatives.SymbolicZero)

@@ -55,6 +55,7 @@ class PlanSettings:
         remat: what the backward pass computes again.
         accumulate: micro-batches of a step.
         impl: the kernels by name.
+        quick: the compiler optimizes less, in less than half the time.
         save_hlo: a folder for the compiled program's text.
     """
 
@@ -68,6 +69,7 @@ class PlanSettings:
     remat: str = "layer"
     accumulate: int = 1
     impl: str = "xla"
+    quick: bool = False
     save_hlo: str | None = None
 
 
@@ -216,11 +218,15 @@ def _compiled(
     inputs = _abstract_inputs(config, capacity, settings.accumulate, mesh_shape[0] * mesh_shape[1])
     state, scalar = step.abstract_state, jax.ShapeDtypeStruct((), jnp.float32)
     began = time.perf_counter()
+    effort = jax.config.jax_exec_time_optimization_effort
+    jax.config.update("jax_exec_time_optimization_effort", -1.0 if settings.quick else effort)
     try:
         with jax.set_mesh(mesh):  # where the Pallas kernels look for the generation that they are for
             return step.jitted.lower(state, inputs, scalar, scalar).compile(), time.perf_counter() - began
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(f"tpu-plan: the compiler refuses the step: {str(error)[:600]}") from None
+    finally:
+        jax.config.update("jax_exec_time_optimization_effort", effort)
 
 
 def _abstract_inputs(config: SimVLMConfig, capacity: units.Capacity, accumulate: int, count: int) -> Any:
@@ -297,7 +303,8 @@ def report(found: dict[str, Any]) -> str:
     data, fsdp, tensor = found["mesh"]
     lines = [
         f"{found['variant']} on {found['topology']}: {found['devices']} devices, mesh data {data} × fsdp {fsdp} × "
-        f"tensor {tensor}, remat {found['remat']}, accumulate {found['accumulate']}, kernels {found['impl']}",
+        f"tensor {tensor}, remat {found['remat']}, accumulate {found['accumulate']}, kernels {found['impl']}"
+        + (", compiled quickly" if found["quick"] else ""),
         f"a step: {found['image_text_batch']} pairs of {found['caption_tokens']} tokens, {found['text_batch']} "
         f"documents of {found['document_tokens']}; {found['units']} units of {capacity['images']} pictures, "
         f"{capacity['sequences']} sequences, {capacity['encoder_rows']} + {capacity['decoder_rows']} text rows, "

@@ -11,14 +11,14 @@ shard_map calls it on each device's own part. Limits: float32, bfloat16, float16
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from simvlm.kernels import cpp_xla
+from simvlm.kernels.attention import jax_op
+from simvlm.kernels.attention.jax_op import Wanted
 from simvlm.kernels.attention.layout import PrefixLayout
 from simvlm.kernels.cpp_xla import NOTHING, Array
 from simvlm.kernels.manual_axes import varying_alike
@@ -59,47 +59,15 @@ class _Call:
         return {"padded": self.padded, "grid_height": height, "grid_width": width, "scale": np.float32(self.scale)}
 
 
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class _Wanted:
-    """Of which inputs a gradient is asked for; static, so that it travels beside the residuals."""
-
-    q: bool
-    k: bool
-    v: bool
-    table: bool
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(call: _Call, q: Array, k: Array, v: Array, table: Array | None, bounds: Array) -> tuple[Array, Array]:
+def _forward(call: _Call, q: Array, k: Array, v: Array, table: Array | None, bounds: Array) -> tuple[Array, Array]:
     results = (q.shape, q.dtype), (q.shape[:-1], jnp.float32)
     out, lse = cpp_xla.call("attention_forward", results, q, k, v, table, bounds, **call.attributes)
     return out, lse
 
 
-def _attention_fwd(call: _Call, q: Any, k: Any, v: Any, table: Any, bounds: Any) -> tuple[Any, Any]:
-    if not call.keys_ascend and (k.perturbed or v.perturbed):
-        raise ValueError(
-            "prefix_attention: k and v must not be differentiated where the layout's key ranges overlap or do not "
-            "ascend; use jax.lax.stop_gradient, or give every sequence its own keys"
-        )
-    wanted = _Wanted(q.perturbed, k.perturbed, v.perturbed, table is not None and table.perturbed)
-    q, k, v, bounds = q.value, k.value, v.value, bounds.value
-    table = None if table is None else table.value
-    out, lse = _attention(call, q, k, v, table, bounds)
-    return (out, lse), (wanted, q, k, v, table, bounds, out, lse)
-
-
-def _attention_bwd(call: _Call, saved: Any, cotangents: Any) -> tuple[Any, ...]:
-    wanted, *arrays = saved
-    dout, dlse = cotangents
-    dout = jnp.zeros(dout.shape, dout.dtype) if cpp_xla.is_zero(dout) else dout
-    dlse = None if cpp_xla.is_zero(dlse) else dlse
-    return *_backward_once((call, wanted), dout, dlse, *arrays), None
-
-
 def _backward(
-    static: tuple[_Call, _Wanted],
+    call: _Call,
+    wanted: Wanted,
     dout: Array,
     dlse: Array | None,
     q: Array,
@@ -111,7 +79,6 @@ def _backward(
     lse: Array,
 ) -> tuple[Array | None, ...]:
     """(dq, dk, dv, dtable), None where not wanted."""
-    call, wanted = static
     asked = (wanted.q, wanted.k, wanted.v, wanted.table)
     results = [(x.shape, x.dtype) if want else NOTHING for x, want in zip((q, k, v, table), asked, strict=True)]
     operands = (q, k, v, out, dout, lse, dlse, table, bounds)
@@ -119,5 +86,4 @@ def _backward(
     return tuple(grad if want else None for grad, want in zip(grads, asked, strict=True))
 
 
-_backward_once = cpp_xla.differentiable_once("prefix_attention", _backward)
-_attention.defvjp(_attention_fwd, _attention_bwd, symbolic_zeros=True)
+_attention = jax_op.differentiable("cpp", _forward, _backward)

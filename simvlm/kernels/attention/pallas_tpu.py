@@ -32,7 +32,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from simvlm.kernels.attention import jax_op
 from simvlm.kernels.attention import pallas_tpu_tiles as storage
+from simvlm.kernels.attention.jax_op import Wanted
 from simvlm.kernels.attention.layout import PrefixLayout
 from simvlm.kernels.attention.pallas_tpu_kernels import (
     Shape,
@@ -171,51 +173,6 @@ def _heads(heads: int, head_dim: int, itemsize: int, image_blocks: int, spills: 
     return max(few) if few else min(fitting, default=0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(call: _Call, q: Array, k: Array, v: Array, table: Array | None, bounds: Array) -> tuple[Array, Array]:
-    return _forward(call, q, k, v, table, bounds)
-
-
-def _attention_fwd(call: _Call, q: Any, k: Any, v: Any, table: Any, bounds: Any) -> tuple[Any, Any]:
-    if not call.keys_ascend and (k.perturbed or v.perturbed):
-        raise ValueError(
-            "prefix_attention: k and v must not be differentiated where the layout's key ranges overlap or do not "
-            "ascend; use jax.lax.stop_gradient, or give every sequence its own keys"
-        )
-    table_wanted = table is not None and table.perturbed
-    q, k, v, bounds = q.value, k.value, v.value, bounds.value
-    table = None if table is None else table.value
-    # Not _forward: differentiated a second time, that would raise Pallas's error about its grid before ours.
-    out, lse = _attention(call, q, k, v, table, bounds)
-    # Whether the table's gradient is wanted travels as the structure of the residuals: {} or None.
-    return (out, lse), (q, k, v, table, bounds, out, lse, {} if table_wanted else None)
-
-
-def _attention_bwd(call: _Call, saved: Any, cotangents: Any) -> tuple[Any, ...]:
-    *residuals, marker = saved
-    dout, dlse = (jnp.zeros(x.shape, x.dtype) if _is_zero(x) else x for x in cotangents)
-    return *_backward_once(call, marker is not None, dout, dlse, *residuals), None
-
-
-def _is_zero(x: Any) -> bool:
-    return isinstance(x, jax.custom_derivatives.SymbolicZero)
-
-
-_attention.defvjp(_attention_fwd, _attention_bwd, symbolic_zeros=True)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _backward_once(call: _Call, table_wanted: bool, *arrays: Any) -> tuple[Any, ...]:
-    return _backward(call, table_wanted, *arrays)
-
-
-def _no_second_gradient(*_: Any) -> Any:
-    raise NotImplementedError("prefix_attention: double backward is not supported by impl='pallas'")
-
-
-_backward_once.defvjp(_no_second_gradient, _no_second_gradient)
-
-
 def _forward(call: _Call, q: Array, k: Array, v: Array, table: Array | None, bounds: Array) -> tuple[Array, Array]:
     q_starts, q_lens = bounds[0], bounds[1]
     rows = _Aligned(call, q, bounds)
@@ -238,9 +195,9 @@ def _forward(call: _Call, q: Array, k: Array, v: Array, table: Array | None, bou
 
 def _backward(
     call: _Call,
-    table_wanted: bool,
+    wanted: Wanted,
     dout: Array,
-    dlse: Array,
+    dlse: Array | None,
     q: Array,
     k: Array,
     v: Array,
@@ -248,19 +205,20 @@ def _backward(
     bounds: Array,
     out: Array,
     lse: Array,
-) -> tuple[Array, Array, Array, Array | None]:
+) -> tuple[Array | None, ...]:
     """(dq, dk, dv, dtable): p = exp(score - lse), ds = p · (<dout, v> - delta), delta = <dout, out> - dlse."""
     q_starts, q_lens, k_starts, k_lens = bounds[:4]
     rows = _Aligned(call, q, bounds)
     shape = call.shape(q, bounds.shape[1])
-    delta = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - dlse
+    delta = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
+    delta = delta if dlse is None else delta - dlse
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)  # a query that sees no key has p = 0
     operands = [rows.queries(q), rows.keys(k), rows.keys(v), rows.queries(dout)]
     columns = [rows.columns(lse), rows.columns(delta)]
 
     walk = _Walk(call, shape, rows.bounds, rows.groups, by_keys=False)
     bias = [] if table is None else [call.expanded(table)]
-    pairs = [walk.table] if table_wanted else []
+    pairs = [walk.table] if wanted.table else []
     dq, *pairs_sum = walk(
         dq_kernel,
         [*operands, *columns, *bias],
@@ -269,8 +227,8 @@ def _backward(
         [walk.queries, *pairs],
         [walk.sums],
     )
-    dtable = None if table is None else jnp.zeros_like(table)
-    if table is not None and table_wanted:
+    dtable = None
+    if table is not None and wanted.table:
         # Blocks of queries that no sequence has were not visited.
         met = jnp.arange(call.image_blocks) * BLOCK < q_lens.max()
         pairs_sum = jnp.where(met.reshape(-1, 1, 1, 1, 1), pairs_sum[0], 0.0)
@@ -290,6 +248,9 @@ def _backward(
     dq = storage.store(call.queries, dq, q_starts, q_lens, 0.0).reshape(q.shape)
     dk, dv = (storage.store(call.keys, x, k_starts, k_lens, 0.0).reshape(k.shape) for x in (dk, dv))
     return dq, dk, dv, dtable
+
+
+_attention = jax_op.differentiable("pallas", _forward, _backward)
 
 
 class _Aligned:

@@ -23,13 +23,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from simvlm.kernels.attention import jax_op
+from simvlm.kernels.attention.jax_op import Wanted
 from simvlm.kernels.attention.layout import PrefixLayout
 from simvlm.kernels.attention.xla_blocks import (
     BLOCK_S,
     BLOCK_T,
     SCRATCH_BYTES,
     Call,
-    Wanted,
     backward_heads,
     forward_heads,
 )
@@ -97,50 +98,15 @@ def _spread(layout: PrefixLayout, q_len: int, k_len: int) -> Spread:
     return spread
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(call: Call, q: Array, k: Array, v: Array, table: Array | None, bounds: Array) -> tuple[Array, Array]:
+def _forward(call: Call, q: Array, k: Array, v: Array, table: Array | None, bounds: Array) -> tuple[Array, Array]:
     return _over_heads(forward_heads, call)(bounds, q, k, v, table)
 
 
-def _attention_fwd(call: Call, q: Any, k: Any, v: Any, table: Any, bounds: Any) -> tuple[Any, Any]:
-    if not call.keys_ascend and (k.perturbed or v.perturbed):
-        raise ValueError(
-            "prefix_attention: k and v must not be differentiated where the layout's key ranges overlap or do not "
-            "ascend; use jax.lax.stop_gradient, or give every sequence its own keys"
-        )
-    wanted = Wanted(q.perturbed, k.perturbed or v.perturbed, table is not None and table.perturbed)
-    q, k, v, bounds = q.value, k.value, v.value, bounds.value
-    table = None if table is None else table.value
-    out, lse = _forward_once(call, q, k, v, table, bounds)
-    # What is wanted travels as the structure of the residuals: each {} or None.
-    return (out, lse), (q, k, v, table, bounds, out, lse, [{} if want else None for want in wanted])
-
-
-def _attention_bwd(call: Call, saved: Any, cotangents: Any) -> tuple[Any, ...]:
-    *residuals, markers = saved
-    dout, dlse = (jnp.zeros(x.shape, x.dtype) if _is_zero(x) else x for x in cotangents)
-    wanted = Wanted(*(marker is not None for marker in markers))
-    return *_backward_once(call, wanted, dout, dlse, *residuals), None
-
-
-def _is_zero(x: Any) -> bool:
-    return isinstance(x, jax.custom_derivatives.SymbolicZero)
-
-
-_attention.defvjp(_attention_fwd, _attention_bwd, symbolic_zeros=True)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _forward_once(call: Call, q: Array, k: Array, v: Array, table: Array | None, bounds: Array) -> tuple[Array, Array]:
-    return _over_heads(forward_heads, call)(bounds, q, k, v, table)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _backward_once(
+def _backward(
     call: Call,
     wanted: Wanted,
     dout: Array,
-    dlse: Array,
+    dlse: Array | None,
     q: Array,
     k: Array,
     v: Array,
@@ -149,17 +115,13 @@ def _backward_once(
     out: Array,
     lse: Array,
 ) -> tuple[Array | None, ...]:
-    delta = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - dlse
+    delta = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
+    delta = delta if dlse is None else delta - dlse
     run = _over_heads(functools.partial(backward_heads, wanted=wanted), call)
     return run(bounds, q, k, v, table, dout, lse, delta)
 
 
-def _no_second_gradient(*_: Any) -> Any:
-    raise NotImplementedError("prefix_attention: double backward is not supported by impl='xla'")
-
-
-_forward_once.defvjp(_no_second_gradient, _no_second_gradient)
-_backward_once.defvjp(_no_second_gradient, _no_second_gradient)
+_attention = jax_op.differentiable("xla", _forward, _backward)
 
 
 def _over_heads(kernel: Any, call: Call) -> Any:

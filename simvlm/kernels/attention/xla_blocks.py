@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
+from simvlm.kernels.attention.jax_op import Wanted
 from simvlm.kernels.attention.xla_table import Spread
 from simvlm.kernels.manual_axes import axes_of, varying
 
@@ -43,14 +44,6 @@ class Call:
         spread = self.spread.bytes_a_head if self.spread else 0
         most = min(_BLOCK_BYTES // block, SCRATCH_BYTES // spread if spread else heads)
         return max(group for group in range(1, heads + 1) if heads % group == 0 and group <= max(most, 1))
-
-
-class Wanted(NamedTuple):
-    """Which gradients are asked for."""
-
-    q: bool
-    kv: bool
-    table: bool
 
 
 class _Sequence(NamedTuple):
@@ -183,20 +176,20 @@ def backward_heads(
                     dv_block += _mix(p.astype(v.dtype).mT, dout_block)
                 return dq, dk_block, dv_block, dspread
 
-            zeros = _zeros(k_block.shape, k) if wanted.kv else None
+            zeros = _zeros(k_block.shape, k) if (wanted.k or wanted.v) else None
             # Key `first` is seen from query first - q_offset on, and by all inside the prefix.
             begin = jnp.where(first < own.prefix_len, 0, jnp.maximum(first - own.q_offset, 0)) // call.block_t
             patch_queries = jnp.where(first < own.image_len, own.image_len - own.q_offset, 0)
             ends = _ceil_div(jnp.clip(patch_queries, 0, own.q_len), call.block_t), q_end
             dq, dk_block, dv_block, dspread = _two_loops(call, begin, *ends, attend, (dq, zeros, zeros, dspread))
-            if wanted.kv:
+            if wanted.k or wanted.v:
                 dk = _put(dk, (dk_block * call.scale).astype(k.dtype), row)
                 dv = _put(dv, dv_block.astype(v.dtype), row)
             return dq, dk, dv, dspread
 
         return lax.fori_loop(0, _ceil_div(own.k_len, call.block_s), key_block, stored)
 
-    dkv = _zeros(k.shape, k, k.dtype) if wanted.kv else None
+    dkv = _zeros(k.shape, k, k.dtype) if (wanted.k or wanted.v) else None
     dspread = _zeros(spread.shape, q) if spread is not None and wanted.table else None
     stored = _zeros(q.shape, q) if wanted.q else None, dkv, dkv, dspread
     dq, dk, dv, dspread = lax.fori_loop(0, bounds.shape[1], sequence, stored)

@@ -19,6 +19,7 @@ from jax import lax
 
 from simvlm.kernels import cpp_xla
 from simvlm.kernels.cpp_xla import NOTHING, Array
+from simvlm.kernels.jax_gradients import differentiable_once, is_zero
 from simvlm.kernels.manual_axes import varying_alike
 from simvlm.kernels.stem.places import rows_shape
 
@@ -114,7 +115,7 @@ def _norm_fwd(norm: _Norm, *arguments: Any) -> tuple[Array, Any]:
 
 def _norm_bwd(norm: _Norm, saved: Any, dy: Any) -> tuple[Any, ...]:
     wanted, *arrays = saved
-    if cpp_xla.is_zero(dy):
+    if is_zero(dy):
         return (None,) * 7
     return *_norm_backward_once((norm, wanted), dy, *arrays), None, None, None
 
@@ -157,7 +158,7 @@ def _norm_backward(
     )
 
 
-_norm_backward_once = cpp_xla.differentiable_once("batch_norm_act", _norm_backward)
+_norm_backward_once = differentiable_once("batch_norm_act", "cpp", _norm_backward)
 _norm.defvjp(_norm_fwd, _norm_bwd, symbolic_zeros=True)
 
 
@@ -243,7 +244,7 @@ def _place_fwd(
 
 def _place_bwd(query_len: int | None, saved: Any, drows: Any) -> tuple[Any, ...]:
     placed, places = saved
-    if cpp_xla.is_zero(drows):
+    if is_zero(drows):
         return (None,) * 5
     return *_place_backward_once(placed, drows, places), None
 
@@ -274,5 +275,5 @@ def _place_backward(placed: _Placed, drows: Array, places: Array) -> tuple[Array
     )
 
 
-_place_backward_once = cpp_xla.differentiable_once("embed_sequence", _place_backward)
+_place_backward_once = differentiable_once("embed_sequence", "cpp", _place_backward)
 _place.defvjp(_place_fwd, _place_bwd, symbolic_zeros=True)
