@@ -218,7 +218,7 @@ def _compiled(
     inputs = _abstract_inputs(config, capacity, settings.accumulate, mesh_shape[0] * mesh_shape[1])
     state, scalar = step.abstract_state, jax.ShapeDtypeStruct((), jnp.float32)
     began = time.perf_counter()
-    effort = jax.config.jax_exec_time_optimization_effort
+    effort = jax.config.read("jax_exec_time_optimization_effort")
     jax.config.update("jax_exec_time_optimization_effort", -1.0 if settings.quick else effort)
     try:
         with jax.set_mesh(mesh):  # where the Pallas kernels look for the generation that they are for
