@@ -26,6 +26,7 @@ from simvlm.train import cost as costs
 from simvlm.train.settings import OptimizerSettings
 from simvlm.train.tpu_chips import GENERATIONS, GIB, Generation
 
+_EFFORT = "jax_exec_time_optimization_effort"
 _SIMULATED_STEPS = 64
 _STATE_CUT = 4
 """Chips that share the state where no mesh is given: few gather quickly, and a quarter of Huge's state is 2.5 GiB."""
@@ -218,15 +219,15 @@ def _compiled(
     inputs = _abstract_inputs(config, capacity, settings.accumulate, mesh_shape[0] * mesh_shape[1])
     state, scalar = step.abstract_state, jax.ShapeDtypeStruct((), jnp.float32)
     began = time.perf_counter()
-    effort = jax.config.read("jax_exec_time_optimization_effort")
-    jax.config.update("jax_exec_time_optimization_effort", -1.0 if settings.quick else effort)
+    effort: float = getattr(jax.config, _EFFORT)
+    jax.config.update(_EFFORT, -1.0 if settings.quick else effort)
     try:
         with jax.set_mesh(mesh):  # where the Pallas kernels look for the generation that they are for
             return step.jitted.lower(state, inputs, scalar, scalar).compile(), time.perf_counter() - began
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(f"tpu-plan: the compiler refuses the step: {str(error)[:600]}") from None
     finally:
-        jax.config.update("jax_exec_time_optimization_effort", effort)
+        jax.config.update(_EFFORT, effort)
 
 
 def _abstract_inputs(config: SimVLMConfig, capacity: units.Capacity, accumulate: int, count: int) -> Any:
