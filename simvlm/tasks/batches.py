@@ -11,6 +11,7 @@ import numpy as np
 
 from simvlm.data.mixture import Row, pack
 from simvlm.data.prefixes import BOS, EOS, Split
+from simvlm.data.rand_augment import rand_augment
 from simvlm.data.shards import BrokenSample, decode
 from simvlm.data.tokenizer import Tokenizer
 from simvlm.data.transforms import random_resized_crop, resize
@@ -33,16 +34,25 @@ class Batches:
         config: of the model.
         tokenizer: of the model.
         pictures: "masked": one flat colour stands in their place. ("shuffled": give `shuffled_pictures`.)
-        seed: of the crops.
+        augment: RandAugment after the crop.
+        seed: of the crops and of RandAugment.
 
     Attributes:
         cut: ids of the examples whose texts were longer than the model's `max_text_len` and lost their end.
     """
 
     def __init__(
-        self, task: Task, config: SimVLMConfig, tokenizer: Tokenizer, *, pictures: Pictures = "own", seed: int = 0
+        self,
+        task: Task,
+        config: SimVLMConfig,
+        tokenizer: Tokenizer,
+        *,
+        pictures: Pictures = "own",
+        augment: bool = False,
+        seed: int = 0,
     ) -> None:
-        self.task, self.config, self.tokenizer, self.pictures, self.seed = task, config, tokenizer, pictures, seed
+        self.task, self.config, self.tokenizer = task, config, tokenizer
+        self.pictures, self.augment, self.seed = pictures, augment, seed
         self.cut: set[str] = set()
         self._prompt = tokenizer.encode(task.prompt) if task.prompt else []
 
@@ -60,7 +70,7 @@ class Batches:
             examples: of the task.
             targets: what the decoder writes, one text each; None: it reads `Example.text`, and there is no loss.
             ids: of the examples; they key crops, dropout and stochastic depth.
-            epoch: pictures are cropped at random, anew each epoch; None: they are whole.
+            epoch: pictures are cropped at random, anew each epoch; None: they are whole, as they are for evaluation.
 
         Raises:
             ValueError: a picture cannot be read.
@@ -70,9 +80,10 @@ class Batches:
             text = self._text(example, None if targets is None else targets[place])
             images: Sequence[Path | None] = example.images or [None]
             for turn, path in enumerate(images):
-                image = None if path is None else self._image(path, (self.seed, epoch or 0, number, turn), epoch)
+                key = None if epoch is None else (self.seed, epoch, int(number), turn)
+                image = None if path is None else self._image(path, key)
                 source = TEXT_ONLY if image is None else IMAGE_TEXT
-                rows.append(Row(source, number, text, image))
+                rows.append(Row(source, int(number), text, image))
         return pack(rows, self.config.image_size, _ROW_MULTIPLE)
 
     def prompt(self, example: Example) -> list[int]:
@@ -85,7 +96,7 @@ class Batches:
 
     def images(self, examples: Sequence[Example]) -> list[np.ndarray | None]:
         """The first picture of each example, whole."""
-        return [self._image(example.images[0], (), None) if example.images else None for example in examples]
+        return [self._image(example.images[0], None) if example.images else None for example in examples]
 
     def _text(self, example: Example, target: str | None) -> Split:
         prompt = self.prompt(example)
@@ -101,7 +112,8 @@ class Batches:
             self.cut.add(example.id)
         return tokens[: self.config.max_text_len]
 
-    def _image(self, path: Path, key: tuple[int, ...], epoch: int | None) -> np.ndarray:
+    def _image(self, path: Path, key: tuple[int, ...] | None) -> np.ndarray:
+        """The square picture; cropped and augmented by the key's draws, or whole."""
         size = self.config.image_size
         if self.pictures == "masked":
             return np.full((size, size, 3), _GREY, np.uint8)
@@ -109,16 +121,25 @@ class Batches:
             image = decode(path.read_bytes(), shard=str(path))
         except BrokenSample as broken:
             raise ValueError(f"{self.task.name}: {path} must be a picture, got one that cannot be read") from broken
-        return resize(image, size) if epoch is None else random_resized_crop(image, size, *key)
+        if key is None:
+            return resize(image, size)
+        image = random_resized_crop(image, size, *key)
+        return rand_augment(image, *key) if self.augment else image
 
 
-def shuffled_pictures(examples: Sequence[Example]) -> list[Example]:
-    """Every example with the pictures of the next one that has others: the control of a model that looks."""
-    found = []
-    for place, example in enumerate(examples):
-        others = (examples[(place + step) % len(examples)].images for step in range(1, len(examples)))
-        images = next((images for images in others if images != example.images), None)
+def shuffled_pictures(examples: Sequence[Example], seed: int = 0) -> list[Example]:
+    """Every example with another one's pictures, none of which is its own: the control of a model that looks.
+
+    Raises:
+        ValueError: there are no pictures, or the same for all.
+    """
+    # Neighbours may be of one class, as in ImageNet's folders: the next one of a shuffled order is anybody.
+    order = np.random.default_rng(seed).permutation(len(examples)).tolist()
+    found = list(examples)
+    for place, own in enumerate(order):
+        others = (examples[order[(place + step) % len(order)]].images for step in range(1, len(order)))
+        images = next((images for images in others if images and set(images).isdisjoint(examples[own].images)), None)
         if images is None:
-            raise ValueError("pictures: shuffled needs examples with different pictures, got one picture for all")
-        found.append(dataclasses.replace(example, images=images))
+            raise ValueError("pictures: shuffled needs examples with different pictures, got none")
+        found[own] = dataclasses.replace(examples[own], images=images)
     return found

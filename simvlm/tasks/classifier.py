@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 from torch import Tensor, nn
 
@@ -30,11 +31,12 @@ class Classifier(nn.Module):
         model: pretrained or not.
         labels: names of the classes.
         sequences: of one example.
+        task: the benchmark that it is finetuned on.
     """
 
-    def __init__(self, model: SimVLM, labels: tuple[str, ...], sequences: int = 1) -> None:
+    def __init__(self, model: SimVLM, labels: tuple[str, ...], sequences: int = 1, *, task: str) -> None:
         super().__init__()
-        self.model, self.labels, self.sequences = model, labels, sequences
+        self.model, self.labels, self.sequences, self.task = model, labels, sequences, task
         self.head = Linear(sequences * model.config.width, len(labels))
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -45,12 +47,12 @@ class Classifier(nn.Module):
         last = hidden[inputs.decoder_lens.cumsum(0) - 1]
         return self.head(last.reshape(-1, self.head.in_features))
 
-    def save(self, folder: Path, task: str, tokenizer: Tokenizer) -> None:
+    def save(self, folder: Path, tokenizer: Tokenizer) -> None:
         """Writes the model's folder, and the head into it."""
         self.model.save_pretrained(folder, tokenizer)
         head = {name: x.detach().cpu().contiguous() for name, x in self.head.state_dict().items()}
         safetensors.torch.save_file(head, folder / HEAD)
-        values = {"task": task, "labels": self.labels, "sequences": self.sequences}
+        values = {"task": self.task, "labels": self.labels, "sequences": self.sequences}
         (folder / TASK).write_text(json.dumps(values, ensure_ascii=False, indent=1) + "\n")
 
     @classmethod
@@ -58,11 +60,15 @@ class Classifier(nn.Module):
         """The classifier of a folder, around the model that was loaded from it.
 
         Raises:
-            ValueError: the folder holds no head: the model was pretrained, or finetuned to write.
+            ValueError: the folder holds no head: the model was pretrained, or finetuned to write; or a broken one.
         """
         if not (folder / HEAD).is_file():
             raise ValueError(f"checkpoint must hold a classifier ({HEAD}), got {folder} without one; finetune it first")
-        values: dict[str, Any] = json.loads((folder / TASK).read_text())
-        classifier = cls(model, tuple(values["labels"]), values["sequences"])
-        classifier.head.load_state_dict(safetensors.torch.load_file(folder / HEAD))
+        try:
+            values: dict[str, Any] = json.loads((folder / TASK).read_text())
+            classifier = cls(model, tuple(values["labels"]), values["sequences"], task=values["task"])
+            classifier.head.load_state_dict(safetensors.torch.load_file(folder / HEAD))
+        except (ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
+            why = " ".join(str(error).split())
+            raise ValueError(f"checkpoint must hold a whole {HEAD} and {TASK}, got {folder}: {why}") from error
         return classifier.to(model.device)

@@ -18,15 +18,16 @@ import torch
 
 from simvlm.data.judge import judge
 from simvlm.data.scenes import Scene
+from simvlm.model.torch_model import SimVLM
 from simvlm.model.weights import load
-from simvlm.tasks import probe
+from simvlm.tasks import probe, vqav2
 from simvlm.tasks.batches import Batches, shuffled_pictures
 from simvlm.tasks.caption_metrics import bleu, caption_scores
-from simvlm.tasks.classifier import Classifier
+from simvlm.tasks.classifier import TASK, Classifier
 from simvlm.tasks.examples import Example, Split
-from simvlm.tasks.metrics import bootstrap, by_group, chance_warning, vqa_soft_score
+from simvlm.tasks.metrics import bootstrap, by_group, chance_warning, vqa_normalise, vqa_soft_score
 from simvlm.tasks.predictions import check_complete
-from simvlm.tasks.settings import EvalSettings
+from simvlm.tasks.settings import EvalSettings, check_eval
 from simvlm.tasks.table import Task, task_of
 from simvlm.tasks.world_pictures import SCENES, scene_of
 from simvlm.train.torch_engine import device_of, precision_of
@@ -40,10 +41,8 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
     Raises:
         ValueError, OSError: a setting, a file, the checkpoint or the predictions are at fault; it is named.
     """
+    check_eval(settings)
     task = task_of(settings.task)
-    if bool(settings.checkpoint) == bool(settings.predictions):
-        got = "both" if settings.checkpoint else "neither"
-        raise ValueError(f"eval: one of checkpoint and predictions must be given, got {got}")
     name = settings.split or task.splits[2]
     split = task.read(settings.data, name, skip_missing=settings.skip_missing)
     if settings.limit is not None:
@@ -53,47 +52,56 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
             raise ValueError(f"eval: {task.name} has no format for predictions; give a checkpoint")
         predictions = task.read_predictions(Path(settings.predictions))
         check_complete(predictions, split)
-        cut = 0
+        predicted = Predicted(predictions)
     else:
-        predictions, cut = predict(task, split, settings)
-    scored = score(task, split, predictions, seed=settings.seed)
+        predicted = predict(task, split, settings)
+    scored = score(task, split, predicted.answers, taught=predicted.taught, seed=settings.seed)
     result = {
         "task": task.name,
         "split": name,
         "examples": len(split.examples),
-        "left_out": split.left_out | ({"texts cut to the model's length": cut} if cut else {}),
+        "left_out": split.left_out | predicted.shortened,
         "sha256": split.sha256,
         "settings": dataclasses.asdict(settings),
         **scored.result,
     }
     if settings.out:
-        _write(Path(settings.out), task, split, predictions, scored, result)
+        _write(Path(settings.out), task, split, predicted.answers, scored, result)
     return result
 
 
-def predict(task: Task, split: Split, settings: EvalSettings) -> tuple[dict[str, str], int]:
-    """(the model's answer to each example by id, a label's name or what it wrote; how many texts were cut).
+@dataclasses.dataclass(frozen=True)
+class Predicted:
+    """What a model said.
+
+    Attributes:
+        answers: by example id: a label's name, or what it wrote.
+        shortened: how many examples it could not read or answer whole, by reason.
+        taught: open-vqa: the answers that finetuning showed it, normalised; None where nothing tells.
+    """
+
+    answers: dict[str, str]
+    shortened: dict[str, int] = dataclasses.field(default_factory=dict)
+    taught: frozenset[str] | None = None
+
+
+def predict(task: Task, split: Split, settings: EvalSettings) -> Predicted:
+    """The model's answers to a split's examples.
 
     Raises:
         ValueError: the checkpoint has no head of these labels.
     """
-    examples = split.examples
     if settings.pictures == "shuffled":
-        examples = tuple(shuffled_pictures(examples))
+        split = dataclasses.replace(split, examples=tuple(shuffled_pictures(split.examples, settings.seed)))
+    examples = split.examples
     device = device_of(settings.device)
     model, _, tokenizer = load(settings.checkpoint, image_size=settings.image_size, impl=settings.impl)
     model.to(device)
     batches = Batches(task, model.config, tokenizer, pictures="masked" if settings.pictures == "masked" else "own")
     bfloat16 = precision_of(settings.precision, device) == "bfloat16"
     if task.head == "probe":
-        return probe.predict(task, split, model, batches, settings, bfloat16=bfloat16), 0
-    classifier = None
-    if task.head != "write":
-        classifier = Classifier.load(Path(settings.checkpoint), model).eval()
-        if task.head == "classify" and classifier.labels != split.labels:
-            raise ValueError(
-                f"eval: checkpoint must be finetuned to the labels {split.labels}, got {classifier.labels}"
-            )
+        return Predicted(probe.predict(task, split, model, batches, settings, bfloat16=bfloat16))
+    classifier = None if task.head == "write" else _classifier(task, split, Path(settings.checkpoint), model)
     found: dict[str, str] = {}
     for first in range(0, len(examples), settings.batch):
         part = examples[first : first + settings.batch]
@@ -107,7 +115,39 @@ def predict(task: Task, split: Split, settings: EvalSettings) -> tuple[dict[str,
                 chosen = classifier(batch.inputs(model.config).to(device)).argmax(1).tolist()
                 answers = [classifier.labels[i] for i in chosen]
         found.update((example.id, answer) for example, answer in zip(part, answers, strict=True))
-    return found, len(batches.cut)
+    shortened = {"texts cut to the model's length": len(batches.cut)}
+    if classifier is None:
+        shortened[f"references all longer than max_len {settings.max_len}"] = sum(
+            bool(example.references)
+            and min(len(tokenizer.encode(text)) for text in _truths(task, example)) >= settings.max_len
+            for example in examples
+        )
+    return Predicted(found, {why: many for why, many in shortened.items() if many}, _taught(settings.checkpoint))
+
+
+def _classifier(task: Task, split: Split, checkpoint: Path, model: SimVLM) -> Classifier:
+    """The checkpoint's classifier, finetuned on this task or, where labels are told by a split, on one of the same."""
+    classifier = Classifier.load(checkpoint, model).eval()
+    if task.head == "answers":
+        if classifier.task != task.name:
+            raise ValueError(f"eval: checkpoint must be finetuned on {task.name}, got one of {classifier.task}")
+    elif (classifier.labels, classifier.sequences) != (split.labels, task.sequences):
+        raise ValueError(
+            f"eval: checkpoint must be finetuned to the labels {', '.join(split.labels)}, "
+            f"got one of {classifier.task}: {', '.join(classifier.labels[:5])}"
+        )
+    return classifier
+
+
+def _taught(checkpoint: str) -> frozenset[str] | None:
+    path = Path(checkpoint, TASK)
+    answers = json.loads(path.read_text()).get("answers") if path.is_file() else None
+    return None if answers is None else frozenset(answers)
+
+
+def _truths(task: Task, example: Example) -> tuple[str, ...]:
+    """What the model could have written: of VQA's ten answers the one that most gave."""
+    return (vqav2.chosen_most(example.references),) if task.metric == "vqa" else example.references
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,26 +158,44 @@ class Scored:
     items: dict[str, float]
 
 
-def score(task: Task, split: Split, predictions: Mapping[str, str], *, seed: int = 0) -> Scored:
+def score(
+    task: Task,
+    split: Split,
+    predictions: Mapping[str, str],
+    *,
+    taught: frozenset[str] | None = None,
+    seed: int = 0,
+) -> Scored:
     """Scores of predictions by id; {} where the split has no answers.
+
+    Args:
+        taught: the answers that finetuning had, normalised: VQA's score is then told apart by whether it had the
+            question's.
 
     Raises:
         ValueError: some examples have answers and some have none.
     """
     examples = split.examples
     answered = [example.label is not None if split.labels else bool(example.references) for example in examples]
+    if not examples:
+        raise ValueError(f"{task.name}: {split.name} must have examples, got none")
     if not any(answered):
         return Scored({"note": "this split has no answers: the server has them"}, {})
     if not all(answered):
         raise ValueError(f"{task.name}: all examples of {split.name} must have answers, got {sum(answered)} that do")
     if task.metric in ("accuracy", "vqa"):
-        return _score_each(task, split, predictions, seed)
+        return _score_each(task, split, predictions, taught, seed)
     result: dict[str, Any] = {}
     items: dict[str, float] = {}
     if task.metric == "bleu":
-        found = bleu(
-            [predictions[example.id] for example in examples], [example.references for example in examples], seed=seed
-        )
+        try:
+            found = bleu(
+                [predictions[example.id] for example in examples],
+                [example.references for example in examples],
+                seed=seed,
+            )
+        except ImportError as missing:  # what was written is not lost for it
+            return Scored({"note": str(missing)}, {})
         result["bleu"] = {**dataclasses.asdict(found.interval), "signature": found.signature}
     else:
         groups = sorted({example.group for example in examples} - {""})
@@ -178,14 +236,16 @@ def scenes_of(examples: Sequence[Example]) -> dict[str, Scene] | None:
     return found
 
 
-def _score_each(task: Task, split: Split, predictions: Mapping[str, str], seed: int) -> Scored:
+def _score_each(
+    task: Task, split: Split, predictions: Mapping[str, str], taught: frozenset[str] | None, seed: int
+) -> Scored:
     """Accuracy, or VQA's score, with the majority's beside it (of VQA, the majority of each question type)."""
     examples = split.examples
     groups = [example.group for example in examples]
 
     def truth(example: Example) -> str:
         if task.metric == "vqa":
-            return max(example.references, key=example.references.count)
+            return vqav2.chosen_most(example.references)
         assert example.label is not None
         return split.labels[example.label]
 
@@ -196,8 +256,7 @@ def _score_each(task: Task, split: Split, predictions: Mapping[str, str], seed: 
     for example in examples:
         counts[example.group][truth(example)] += 1
     majority = [value(example, counts[example.group].most_common(1)[0][0]) for example in examples]
-    scores = {example.id: value(example, predictions[example.id]) for example in examples}
-    values = list(scores.values())
+    values = [value(example, predictions[example.id]) for example in examples]
     mean = bootstrap(values, seed=seed)
     chance = sum(majority) / len(majority)
     result: dict[str, Any] = {"score": dataclasses.asdict(mean), "majority": chance}
@@ -205,9 +264,14 @@ def _score_each(task: Task, split: Split, predictions: Mapping[str, str], seed: 
         result["groups"] = {
             name: dataclasses.asdict(interval) for name, interval in by_group(values, groups, seed=seed).items()
         }
+    if taught is not None:
+        known = ["seen" if vqa_normalise(truth(example)) in taught else "unseen" for example in examples]
+        result["answers"] = {
+            name: dataclasses.asdict(interval) for name, interval in by_group(values, known, seed=seed).items()
+        }
     if (warning := chance_warning(mean, chance)) is not None:
         result["warning"] = warning
-    return Scored(result, scores)
+    return Scored(result, {example.id: found for example, found in zip(examples, values, strict=True)})
 
 
 def _write(

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,12 @@ from torch import Tensor, nn
 from simvlm.data.tokenizer import Tokenizer
 from simvlm.model.torch_model import SimVLM
 from simvlm.model.weights import load
-from simvlm.tasks import settings as task_settings
 from simvlm.tasks import vqav2
 from simvlm.tasks.batches import Batches
-from simvlm.tasks.classifier import Classifier
+from simvlm.tasks.classifier import TASK, Classifier
 from simvlm.tasks.examples import Example, Split
 from simvlm.tasks.metrics import vqa_normalise, vqa_soft_score
-from simvlm.tasks.settings import FinetuneSettings
+from simvlm.tasks.settings import FinetuneSettings, check_finetune
 from simvlm.tasks.table import Task, task_of
 from simvlm.train.checkpoint import write_whole
 from simvlm.train.objectives import suffix_nll
@@ -55,23 +54,20 @@ def finetune(settings: FinetuneSettings) -> dict[str, Any]:
     Raises:
         ValueError, OSError: a setting, a file or the checkpoint is at fault; it is named.
     """
-    task_settings.check(settings)
     task = task_of(settings.task)
-    train_name, dev_name, _ = task.splits
-    if not train_name or task.head == "probe":
-        raise ValueError(f"task must be one that has a training split for finetuning, got {task.name}")
+    check_finetune(settings, task)
     out = Path(settings.out)
     if (out / RESULT).exists():
         raise FileExistsError(f"out: {out} holds a finished run; another --out, or remove it")
-    train, dev = (task.read(settings.data, name, skip_missing=settings.skip_missing) for name in (train_name, dev_name))
+    train, dev = (task.read(settings.data, name, skip_missing=settings.skip_missing) for name in task.splits[:2])
     labels = labels_of(task, train, settings.data)
-    teaching = _targets(task, train, labels)
+    teaching, judging = _targets(task, train, labels), _targets(task, dev, labels)
     if settings.leave_out_answers:
-        left_out = {vqa_normalise(answer) for answer in settings.leave_out_answers}
-        teaching = [target for target in teaching if vqa_normalise(target.text) not in left_out]
-    order = np.random.default_rng(settings.seed).permutation(len(teaching))
-    teaching = [teaching[i] for i in order[: max(1, round(settings.fraction * len(teaching)))]]
-    judging = _targets(task, dev, labels)
+        teaching, judging = _without(settings.leave_out_answers, teaching, judging)
+    teaching = _fraction(teaching, settings)
+    for split, targets in ((train, teaching), (dev, judging)):
+        if not targets:
+            raise ValueError(f"{task.name}: {split.name} must have examples, got none")
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / LOG, "")
     runs: list[dict[str, Any]] = []
@@ -101,6 +97,32 @@ def labels_of(task: Task, split: Split, data: str) -> tuple[str, ...]:
     return split.labels if task.head == "classify" else ()
 
 
+def _without(
+    answers: Sequence[str], teaching: list[Target], judging: list[Target]
+) -> tuple[list[Target], list[Target]]:
+    """Both without the questions that have these answers: what picks epoch and learning rate knows them no more.
+
+    Raises:
+        ValueError: no training question has such an answer.
+    """
+    left_out = {vqa_normalise(answer): answer for answer in answers}
+    unknown = left_out.keys() - {vqa_normalise(target.text) for target in teaching}
+    if unknown:
+        raise ValueError(f"leave_out_answers must be answers of training questions, got {left_out[min(unknown)]!r}")
+    kept = [[target for target in part if vqa_normalise(target.text) not in left_out] for part in (teaching, judging)]
+    return kept[0], kept[1]
+
+
+def _fraction(teaching: list[Target], settings: FinetuneSettings) -> list[Target]:
+    """The targets of a share of the examples: of a picture all captions or none."""
+    if settings.fraction == 1:
+        return teaching
+    ids = list(dict.fromkeys(target.example.id for target in teaching))
+    order = np.random.default_rng(settings.seed).permutation(len(ids))
+    kept = {ids[i] for i in order[: max(1, round(settings.fraction * len(ids)))]}
+    return [target for target in teaching if target.example.id in kept]
+
+
 class _Run:
     """One learning rate, from the pretrained model on."""
 
@@ -123,15 +145,27 @@ class _Run:
         self.model = model
         self.module: nn.Module = model
         if labels:
-            self.module = Classifier(model, labels, task.sequences).to(self.device)
+            self.module = Classifier(model, labels, task.sequences, task=task.name).to(self.device)
         for name in settings.freeze:
             if not isinstance(part := getattr(model, name, self), (nn.Module, nn.Parameter, type(None))):
                 raise ValueError(f"freeze must name parts of the model, got {name!r}")
             if part is not None:  # a model may have no projection
                 part.requires_grad_(False)
+        if not any(target.example.images for target in teaching):
+            # Text alone leaves alone what only pictures pass: weight decay would shrink it all the same.
+            for reads_pictures in (model.conv, model.projection):
+                if reads_pictures is not None:
+                    reads_pictures.requires_grad_(False)
         self.optimizer_settings = dataclasses.replace(settings.optimizer, lr=lr)
         self.optimizer = adamw(self.module, self.optimizer_settings)
-        self.batches = Batches(task, model.config, self.tokenizer, pictures=settings.pictures, seed=settings.seed)
+        self.batches = Batches(
+            task,
+            model.config,
+            self.tokenizer,
+            pictures=settings.pictures,
+            augment=settings.rand_augment,
+            seed=settings.seed,
+        )
         self.steps_per_epoch = -(-len(teaching) // settings.batch)
 
     def train(self) -> dict[str, Any]:
@@ -149,6 +183,8 @@ class _Run:
                 total += self._step(ids, epoch, step, lr)
                 step += 1
             dev = self._dev()
+            if not math.isfinite(dev):
+                raise ValueError(f"finetune: epoch {epoch + 1} gave {dev} on dev; a smaller lr may get past it")
             entry = {
                 "lr": self.optimizer_settings.lr,
                 "epoch": epoch + 1,
@@ -167,9 +203,13 @@ class _Run:
 
     def save(self, folder: Path) -> None:
         if isinstance(self.module, Classifier):
-            self.module.save(folder, self.task.name, self.tokenizer)
-        else:
-            self.model.save_pretrained(folder, self.tokenizer)
+            self.module.save(folder, self.tokenizer)
+            return
+        self.model.save_pretrained(folder, self.tokenizer)
+        if self.task.metric == "vqa":  # `simvlm eval` tells answers that were taught from others
+            answers = sorted({vqa_normalise(target.text) for target in self.teaching})
+            values = {"task": self.task.name, "answers": answers}
+            write_whole(folder / TASK, json.dumps(values, ensure_ascii=False, indent=1) + "\n")
 
     def _order(self, epoch: int) -> Iterator[np.ndarray]:
         order = np.random.default_rng((self.settings.seed, epoch)).permutation(len(self.teaching))
@@ -177,7 +217,9 @@ class _Run:
             yield order[first : first + self.settings.batch]
 
     def _step(self, ids: np.ndarray, epoch: int, step: int, lr: float) -> float:
-        loss = self._loss([self.teaching[i] for i in ids], ids, epoch, (self.settings.seed, step)).mean()
+        """Returns the loss without label smoothing."""
+        targets = [self.teaching[i] for i in ids]
+        loss, reported = (x.mean() for x in self._losses(targets, ids, epoch, (self.settings.seed, step)))
         if not torch.isfinite(loss):
             raise ValueError(f"finetune: step {step + 1} gave a loss of {loss.item()}; a smaller lr may get past it")
         loss.backward()
@@ -188,22 +230,26 @@ class _Run:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(loss.detach())
+        return float(reported.detach())
 
-    def _loss(self, targets: list[Target], ids: Any, epoch: int | None, noise: tuple[int, int] | None) -> Tensor:
-        """float[n]: of every example, or of every token that is written."""
+    def _losses(
+        self, targets: list[Target], ids: Any, epoch: int | None, noise: tuple[int, int] | None
+    ) -> tuple[Tensor, Tensor]:
+        """(what training minimises, the same without label smoothing): float[n] of examples, or of tokens written."""
         texts = [target.text for target in targets] if self.task.head == "write" else None
         batch = self.batches.batch([target.example for target in targets], texts, ids=ids, epoch=epoch)
         inputs = batch.inputs(self.model.config).to(self.device)
         smoothing = self.settings.label_smoothing if epoch is not None else 0.0
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             if texts is None:
-                return _class_loss(self.module(inputs, noise).float(), targets, smoothing)
+                logits = self.module(inputs, noise).float()
+                plain = _class_loss(logits, targets)
+                return (_class_loss(logits, targets, smoothing) if smoothing else plain), plain
             hidden = self.model(inputs, noise)
-            if smoothing:
-                return _smooth_nll(self.model.logits(hidden).float(), inputs.targets, smoothing)
-            nll = suffix_nll(hidden, self.model.embedding, inputs.targets)
-        return nll[: int(batch.decoder_lens.sum())]
+            plain = suffix_nll(hidden, self.model.embedding, inputs.targets)[: int(batch.decoder_lens.sum())]
+            if not smoothing:
+                return plain, plain
+            return _smooth_nll(self.model.logits(hidden).float(), inputs.targets, smoothing), plain
 
     @torch.no_grad()
     def _dev(self) -> float:
@@ -214,7 +260,7 @@ class _Run:
             part = self.judging[first : first + _DEV_BATCH]
             ids = range(first, first + len(part))
             if self.task.head == "write":
-                found.append(-self._loss(part, ids, None, None))
+                found.append(-self._losses(part, ids, None, None)[1])
                 continue
             batch = self.batches.batch([target.example for target in part], None, ids=ids)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
@@ -235,7 +281,9 @@ def _start(settings: FinetuneSettings) -> tuple[SimVLM, Tokenizer]:
     }
     if settings.checkpoint:
         model, _, tokenizer = load(settings.checkpoint, image_size=settings.image_size, **rates)
-        model.conv.freeze_statistics()
+        # Pretraining without pictures gathered none, and those of a new model would all but switch pictures off.
+        gathered = any(name.endswith("running_mean") and bool(x.any()) for name, x in model.conv.named_buffers())
+        model.conv.freeze_statistics(gathered)
         return model, tokenizer
     from simvlm.train.pretrain import model_config
     from simvlm.train.settings import PretrainSettings
@@ -266,13 +314,13 @@ def _targets(task: Task, split: Split, labels: tuple[str, ...]) -> list[Target]:
             scores = vqav2.soft_scores(example.references, classes, normalise=vqa_normalise, soft_score=vqa_soft_score)
             found.append(Target(example, scores=scores))
         elif task.metric == "vqa":
-            found.append(Target(example, text=max(example.references, key=example.references.count)))
+            found.append(Target(example, text=vqav2.chosen_most(example.references)))
         else:
             found += [Target(example, text=text) for text in example.references]
     return found
 
 
-def _class_loss(logits: Tensor, targets: list[Target], smoothing: float) -> Tensor:
+def _class_loss(logits: Tensor, targets: list[Target], smoothing: float = 0.0) -> Tensor:
     """Cross-entropy; of soft scores binary cross-entropy, summed over the classes."""
     if targets[0].label >= 0:
         labels = torch.tensor([target.label for target in targets], device=logits.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from simvlm.tasks.batches import Pictures
+from simvlm.tasks.table import Task
 from simvlm.train.settings import OptimizerSettings, Precision
 
 _OPTIMIZER = OptimizerSettings(warmup=0.1)
@@ -46,10 +47,12 @@ class FinetuneSettings:
     """parts that stay as they are: conv, projection, encoder, decoder, embedding"""
     fraction: float = 1.0
     """of the training examples that are used, the first of a shuffled order"""
+    rand_augment: bool = False
+    """RandAugment in training, of tasks that classify"""
     pictures: Pictures = "own"
     """masked: the model is blind, in training and on dev"""
     leave_out_answers: tuple[str, ...] = ()
-    """open-vqa: questions with these answers are not trained on"""
+    """open-vqa: questions with these answers are neither trained on nor asked on dev"""
     seed: int = 0
     """of the head, the order, crops, dropout and stochastic depth"""
     device: str = "auto"
@@ -91,20 +94,21 @@ class EvalSettings:
     skip_missing: bool = False
 
 
-def check(settings: FinetuneSettings) -> None:
+def check_finetune(settings: FinetuneSettings, task: Task) -> None:
     """
     Raises:
-        ValueError: a setting is out of range; it is named.
+        ValueError: a setting is out of range, or not one of this task; it is named.
     """
+    if not task.splits[0] or task.head == "probe":
+        raise ValueError(f"task must be one that has a training split for finetuning, got {task.name}")
     if bool(settings.checkpoint) == bool(settings.variant):
         raise ValueError(
             "checkpoint, variant: one of the two must be given, got " + ("both" if settings.variant else "none")
         )
     if settings.variant and not settings.tokenizer:
         raise ValueError("tokenizer must be given with variant, got none")
-    for name in ("epochs", "batch"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
+    _at_least(settings, 1, "epochs", "batch")
+    _at_least(settings, 0, "seed")
     if not settings.lr or min(settings.lr) <= 0:
         raise ValueError(f"lr must be one or more numbers above 0, got {settings.lr}")
     if not 0 < settings.fraction <= 1:
@@ -113,3 +117,33 @@ def check(settings: FinetuneSettings) -> None:
         raise ValueError("pictures must be own or masked in finetuning, got shuffled")
     if not 0 <= settings.label_smoothing < 1:
         raise ValueError(f"label_smoothing must be at least 0 and below 1, got {settings.label_smoothing}")
+    if settings.label_smoothing and task.head == "answers":
+        raise ValueError(
+            f"label_smoothing must be 0 for {task.name}, whose targets are soft already, got {settings.label_smoothing}"
+        )
+    if settings.rand_augment and task.head == "write":
+        raise ValueError(f"rand_augment must be off for {task.name}, which writes what it sees, got on")
+    if settings.leave_out_answers and (task.head, task.metric) != ("write", "vqa"):
+        raise ValueError(f"leave_out_answers must be empty for all tasks but open-vqa, got some for {task.name}")
+
+
+def check_eval(settings: EvalSettings) -> None:
+    """
+    Raises:
+        ValueError: a setting is out of range; it is named.
+    """
+    if bool(settings.checkpoint) == bool(settings.predictions):
+        got = "both" if settings.checkpoint else "neither"
+        raise ValueError(f"eval: one of checkpoint and predictions must be given, got {got}")
+    if settings.predictions and settings.pictures != "own":
+        raise ValueError(f"pictures must be own with predictions, which are made already, got {settings.pictures}")
+    _at_least(settings, 1, "batch", "beam", "max_len")
+    _at_least(settings, 0, "seed")
+    if settings.limit is not None:
+        _at_least(settings, 1, "limit")
+
+
+def _at_least(settings: FinetuneSettings | EvalSettings, least: int, *names: str) -> None:
+    for name in names:
+        if getattr(settings, name) < least:
+            raise ValueError(f"{name} must be at least {least}, got {getattr(settings, name)}")

@@ -103,6 +103,11 @@ def answer_vocabulary(
     return tuple(sorted(kept, key=lambda answer: (-counts[answer], answer)))
 
 
+def chosen_most(answers: Sequence[str]) -> str:
+    """The answer of most annotators, the first of equals: what the decoder is taught to write."""
+    return max(answers, key=answers.count)
+
+
 def soft_scores(
     answers: Sequence[str],
     classes: Mapping[str, int],
