@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import collections
 import os
+import pathlib
 import shutil
 import tempfile
 
@@ -26,6 +27,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 from sanitized import use_the_sanitized_module
+from task_cases import make_task_world
 
 from simvlm.train import tpu_plan
 
@@ -35,6 +37,13 @@ use_the_sanitized_module()
 # torch.empty and new_empty come filled with NaN, so an output row that a kernel forgets is seen.
 torch.use_deterministic_algorithms(True)
 torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.fixture(scope="session")
+def task_world(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The benchmarks' own world: see task_cases.py."""
+    return make_task_world(tmp_path_factory.mktemp("tasks"))
+
 
 _outcomes: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
 _reasons: dict[str, str] = {}
