@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -113,6 +114,8 @@ def test_shuffled_pictures_are_never_ones_own(task_world):
     # ImageNet's folders hold one class each: the next file would be of one's own.
     labels = {example.images: example.label for example in examples}
     assert sum(labels[a.images] == a.label for a in found) < 0.4 * len(found)
+    pairs = [dataclasses.replace(examples[0], images=(Path(a), Path(b))) for a, b in ("ab", "bc", "cd", "da")]
+    assert [found.images for found in shuffled_pictures(pairs)] == [pairs[(i + 2) % 4].images for i in range(4)]
     with pytest.raises(ValueError, match="shuffled needs examples with different pictures, got none"):
         shuffled_pictures(examples[:1] * 3)
     with pytest.raises(ValueError, match="shuffled needs examples with different pictures, got none"):

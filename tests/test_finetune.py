@@ -28,6 +28,7 @@ from simvlm.data.rand_augment import OPERATIONS, N, rand_augment
 from simvlm.data.tokenizer import Tokenizer
 from simvlm.model import SimVLM
 from simvlm.model.weights import resize_positions, resize_table
+from simvlm.tasks import batches as batches_module
 from simvlm.tasks import coco_captions, nlvr2, snli_ve, vqav2
 from simvlm.tasks import finetune as finetune_module
 from simvlm.tasks.batches import Batches
@@ -261,6 +262,9 @@ def test_dropout_and_stochastic_depth_act_in_training_alone(task_world, tmp_path
         _, (line,), _ = finetuned(task_world, "coco", tmp_path / str(i), lr=NO_STEP, **rates)
         losses.append(line["loss"])
         devs.append(line["dev"])
+    options = {"lr": NO_STEP, "dropout": 0.5, "pictures": "masked", "epochs": 3}
+    _, lines, _ = finetuned(task_world, "coco", tmp_path / "steps", **options)
+    assert np.ptp([line["loss"] for line in lines]) > 1e-3  # drawn anew each step
     assert len(set(devs)) == 1
     assert min(abs(a - b) for a, b in ((losses[0], losses[1]), (losses[0], losses[2]), (losses[1], losses[2]))) > 1e-3
 
@@ -316,6 +320,7 @@ def test_a_fraction_takes_all_captions_of_some_pictures(task_world, tmp_path, mo
         assert len(kept) == round(fraction * len(pictures))
         assert result["train_examples"] == len(seen[-1]) == 5 * len(kept)
     assert {target.example.id for target in seen[0]} < kept
+    assert kept != {example.id for example in pictures[: len(kept)]}
 
 
 def test_answers_that_are_left_out_are_not_taught_and_asked_apart(task_world, tmp_path):
@@ -416,7 +421,7 @@ def test_rand_augment_is_keyed_keeps_sizes_and_never_flips():
                 assert row[-1] > row[0], name
 
 
-def test_rand_augment_is_for_training_and_drawn_anew_each_epoch(task_world, tmp_path):
+def test_rand_augment_is_for_training_and_drawn_anew_each_epoch(task_world, tmp_path, monkeypatch):
     made = Pictures(task_world, tmp_path, "nlvr2")
     batches = Batches(TASKS["nlvr2"], made.model.config, made.batches.tokenizer, augment=True, seed=3)
 
@@ -427,6 +432,7 @@ def test_rand_augment_is_for_training_and_drawn_anew_each_epoch(task_world, tmp_
     assert np.array_equal(images(batches, 1), images(batches, 1, np.arange(3)))
     assert not np.array_equal(images(batches, 1), images(batches, 2))
     assert not np.array_equal(images(batches, 1), images(Batches(*arguments(batches), seed=3), 1))
+    monkeypatch.setattr(batches_module, "random_resized_crop", lambda image, size, *key: image)
     twins = dataclasses.replace(made.examples[0], images=made.examples[0].images[:1] * 2)
     left, right = batches.batch([twins], None, ids=[0], epoch=1).images
     assert not np.array_equal(left, right)
