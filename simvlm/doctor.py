@@ -15,7 +15,7 @@ _PACKAGES = ("numpy", "torch", "triton", "jax", "jaxlib")
 def report() -> str:
     """The report as text, one fact a line."""
     lines = [f"simvlm {simvlm.__version__}, Python {platform.python_version()}, {platform.platform()}"]
-    lines.append(f"CPU: {_cpu_model()}, {len(os.sched_getaffinity(0))} usable cores")
+    lines.append(f"CPU: {cpu_model()}, {len(os.sched_getaffinity(0))} usable cores")
     lines.append("packages: " + ", ".join(f"{name} {_version(name)}" for name in _PACKAGES))
     lines.append(_cpu_levels())
     for op in OPS:
@@ -57,7 +57,7 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
     try:
         with open("/proc/cpuinfo") as info:
             names = [line.partition(":")[2].strip() for line in info if line.startswith("model name")]

@@ -1,6 +1,6 @@
 """`simvlm eval TASK`: a model, or a file of predictions, on one split; scores with intervals, and the files behind.
 
-result.json          scores, controls' names, counts, hashes of the annotation files
+result.json          scores, counts, hashes of the annotation files, the first examples with their predictions
 items.jsonl          of every example: id, group, prediction, score
 predictions.json     as the benchmark's server takes it (NLVR2: predictions.csv)
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ from simvlm.tasks.world_pictures import SCENES, scene_of
 from simvlm.train.torch_engine import device_of, precision_of
 
 RESULT, ITEMS = "result.json", "items.jsonl"
+SAMPLES = 12
+"""examples, the first of the split, whose predictions stand in the result"""
 
 
 def evaluate(settings: EvalSettings) -> dict[str, Any]:
@@ -64,6 +67,7 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
         "sha256": split.sha256,
         "settings": dataclasses.asdict(settings),
         **scored.result,
+        "samples": samples(split, Path(settings.data), predicted.answers, scored),
     }
     if settings.out:
         _write(Path(settings.out), task, split, predicted.answers, scored, result)
@@ -166,7 +170,7 @@ def score(
     taught: frozenset[str] | None = None,
     seed: int = 0,
 ) -> Scored:
-    """Scores of predictions by id; {} where the split has no answers.
+    """Scores of predictions by id; {} where the split has no answers or the task no metric.
 
     Args:
         taught: the answers that finetuning had, normalised: VQA's score is then told apart by whether it had the
@@ -176,6 +180,8 @@ def score(
         ValueError: some examples have answers and some have none.
     """
     examples = split.examples
+    if task.metric == "none":
+        return Scored({"note": "nothing is scored: the texts are to be read"}, {})
     answered = [example.label is not None if split.labels else bool(example.references) for example in examples]
     if not examples:
         raise ValueError(f"{task.name}: {split.name} must have examples, got none")
@@ -216,6 +222,31 @@ def score(
             result["judged_right"] = dataclasses.asdict(bootstrap(list(right.values()), seed=seed))
             items = right
     return Scored(result, items)
+
+
+def samples(split: Split, data: Path, predictions: Mapping[str, str], scored: Scored) -> list[dict[str, Any]]:
+    """The first examples, for whoever looks at a few: their own pictures' paths within `data`, texts, prediction.
+
+    `reference` is what most annotators said or the first of the texts, "" where there is none; `score` is None where
+    examples have none of their own.
+    """
+    found = []
+    for example in split.examples[:SAMPLES]:
+        reference = max(example.references, key=example.references.count, default="")
+        if example.label is not None:
+            reference = split.labels[example.label]
+        found.append(
+            {
+                "id": example.id,
+                "images": [os.path.relpath(path, data) for path in example.images],
+                "source": example.source,
+                "text": example.text,
+                "prediction": predictions[example.id],
+                "reference": reference,
+                "score": scored.items.get(example.id),
+            }
+        )
+    return found
 
 
 def scenes_of(examples: Sequence[Example]) -> dict[str, Scene] | None:

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -34,6 +35,7 @@ class Job:
             checkpoint of another job.
         row: of the table.
         seed: of the row.
+        gallery: an evaluation whose first examples are shown: its result keeps small copies of their pictures.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Job:
     settings: Mapping[str, Any]
     row: str
     seed: int
+    gallery: bool = False
 
     @property
     def needs(self) -> str | None:
@@ -97,8 +100,9 @@ def run(jobs: Sequence[Job], out: Path, work: Path, *, workers: int) -> list[str
 
 
 def do(job: Job, by_name: Mapping[str, Job], work: Path) -> dict[str, Any]:
-    """One job's result: what its command found, its seconds, and the command."""
+    """One job's result: what its command found, its seconds, the command, and the machine."""
     from simvlm.tasks import evaluate, finetune
+    from simvlm.tasks.reproduce_gallery import thumbnail
     from simvlm.tasks.settings import EvalSettings, FinetuneSettings
 
     began = time.perf_counter()
@@ -109,6 +113,9 @@ def do(job: Job, by_name: Mapping[str, Job], work: Path) -> dict[str, Any]:
     found: dict[str, Any]
     if job.kind == "eval":
         found = evaluate.evaluate(EvalSettings(**settings, out=str(folder)))
+        if job.gallery:
+            for sample in found["samples"]:
+                sample["pictures"] = [thumbnail(Path(settings["data"], path)) for path in sample["images"]]
     elif job.kind == "finetune":
         shutil.rmtree(folder, ignore_errors=True)  # what a run that was cut off left
         found = finetune.finetune(FinetuneSettings(**settings, out=str(folder)))
@@ -120,6 +127,7 @@ def do(job: Job, by_name: Mapping[str, Job], work: Path) -> dict[str, Any]:
         "kind": job.kind,
         "command": command(job),
         "seconds": round(time.perf_counter() - began, 1),
+        "machine": machine(settings.get("device", "auto")),
         "found": found,
     }
 
@@ -134,14 +142,30 @@ def result_path(out: Path, name: str) -> Path:
 
 
 def command(job: Job) -> str:
-    """The command line that does the same."""
-    parts, flat = ["simvlm", job.kind], _flat(job.settings)
-    if "task" in flat:
-        parts.append(str(flat.pop("task")))
-    for name, value in flat.items():
-        values = value if isinstance(value, (tuple, list)) else (value,)
-        parts.append(f"--{name.replace('_', '-')} {' '.join(map(str, values))}")
-    return " ".join(parts)
+    """The command line that does the same, but that "@name" stands for a checkpoint of that job."""
+    flat = _flat(job.settings)
+    parts = ["simvlm", job.kind, *([str(flat.pop("task"))] if "task" in flat else [])]
+    for name, value in (flat | {"out": job.name}).items():
+        parts.append(f"--{name.replace('_', '-')}")
+        parts += map(str, value if isinstance(value, (tuple, list)) else (value,))
+    return shlex.join(parts)
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What a job ran on: device, threads, versions. No host name: results are public."""
+    import torch
+
+    import simvlm
+    from simvlm.doctor import cpu_model
+    from simvlm.train.torch_engine import device_of
+
+    chosen = device_of(device)
+    return {
+        "device": torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else cpu_model(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "simvlm": simvlm.__version__,
+    }
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ finetuning   VQAv2, NLVR2, SNLI-VE with their blind models; COCO captions, NoCap
 zero-shot    captioning by the prompt; SNLI-VE from text-only NLI, German captions from text-only translation, with
              pictures masked and shuffled; open-ended VQA (§4.3)
 probe        ImageNet on frozen features, and on those of a model that nothing trained
+completion   visual text completion, which is shown and not scored
 text         text-only understanding
 """
 
@@ -14,6 +15,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from simvlm.tasks.evaluate import SAMPLES
 from simvlm.tasks.reproduce import Job
 from simvlm.train.settings import DataSettings, OptimizerSettings
 
@@ -146,6 +148,14 @@ ABLATION: dict[str, dict[str, Any]] = {
 }
 """What each row changes in pretraining; `conv_stages` below or above the variant's own is relative to it."""
 CORE = (FULL, NO_PRETRAINING, "lm", "span-corruption", "without-image-text", "linear-patches")
+GALLERY = {
+    "captioning": "eval/coco/zero-shot-own",
+    "German captioning": "eval/german-captions/zero-shot-frozen-own",
+    "generative VQA": "eval/open-vqa/finetuned",
+    "visual text completion": "eval/completion/zero-shot",
+    "open-ended VQA": "eval/open-vqa/without-finetuning",
+}
+"""The panels of the paper's gallery, and the jobs that fill them."""
 _OPEN_VQA_LEFT_OUT = ("purple", "star", "black", "ring")
 
 
@@ -199,7 +209,8 @@ def _one_model(scale: Scale, data: Data) -> list[Job]:
         return f"@finetune/{name}"
 
     def judge(task: str, name: str, checkpoint: str, **settings: Any) -> None:
-        made.append(_eval(scale, data, task, f"eval/{name}", name, 0, checkpoint=checkpoint, **settings))
+        job = _eval(scale, data, task, f"eval/{name}", name, 0, checkpoint=checkpoint, **settings)
+        made.append(dataclasses.replace(job, gallery=job.name in GALLERY.values()))
 
     for task in ("vqav2", "nlvr2", "snli-ve"):
         if task != "vqav2":
@@ -227,6 +238,7 @@ def _one_model(scale: Scale, data: Data) -> list[Job]:
         "open-vqa", "open-vqa/finetuned", tune("open-vqa", "open-vqa/finetuned", leave_out_answers=_OPEN_VQA_LEFT_OUT)
     )
     judge("open-vqa", "open-vqa/without-finetuning", own)
+    judge("completion", "completion/zero-shot", own, limit=SAMPLES)
     judge("imagenet", "imagenet/probe", own)
     still = _pretraining(scale, data, FULL, 0, 0)
     # A rate that moves nothing, and enough steps for BatchNorm's statistics.

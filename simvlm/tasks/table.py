@@ -10,11 +10,11 @@ from typing import Literal, Protocol
 
 from simvlm.data.captions import PROMPT
 from simvlm.kernels.dispatch import did_you_mean
-from simvlm.tasks import coco_captions, glue, imagenet, multi30k, nli, nlvr2, nocaps, snli_ve, text_pairs, vqav2
+from simvlm.tasks import coco_captions, completion, glue, imagenet, multi30k, nli, nlvr2, nocaps, snli_ve, text_pairs, vqav2
 from simvlm.tasks.examples import Split
 
 Head = Literal["classify", "answers", "write", "probe"]
-Metric = Literal["accuracy", "vqa", "captions", "bleu"]
+Metric = Literal["accuracy", "vqa", "captions", "bleu", "none"]
 
 
 class Reader(Protocol):
@@ -31,7 +31,7 @@ class Task:
         folder: where `simvlm data benchmarks` puts it.
         head: "classify": a linear map of the decoder's last state to the labels; "answers": to VQA's vocabulary, with
             soft scores; "write": the decoder writes; "probe": a linear map of the frozen encoder's mean.
-        metric: what is reported.
+        metric: what is reported; "none": nothing, the texts are to be read.
         splits: train, dev and test; "" where there is none.
         prompt: what the encoder reads before the decoder writes.
         sequences: of one example: NLVR2's two pictures are two.
@@ -128,6 +128,15 @@ _TASKS = (
         splits=("", "val", "test"),
         write_predictions=nocaps.write_predictions,
         read_predictions=nocaps.read_predictions,
+    ),
+    Task(  # the decoder goes on from the first half of a caption
+        name="completion",
+        read=completion.read,
+        folder="coco",
+        head="write",
+        metric="none",
+        splits=("", "val", "test"),
+        prompt=PROMPT,
     ),
     Task(
         name="multi30k",
