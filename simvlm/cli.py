@@ -97,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     reproduce.add_argument("--workers", type=int, default=1, help="jobs at a time (default: %(default)s)")
     reproduce.add_argument("--share", type=float, default=1.0, help="of the generated data (default: %(default)s)")
     reproduce.add_argument("--show", action="store_true", help="print the commands and run none")
+    reproduce.add_argument("--page", action="store_true", help="write the page of the results that are there, run none")
     reproduce.set_defaults(run=_reproduce)
 
     caption = commands.add_parser("caption", help="write a caption for each picture")
@@ -192,7 +193,7 @@ def _eval(arguments: argparse.Namespace) -> str:
 def _reproduce(arguments: argparse.Namespace) -> str:
     from simvlm.tasks.commands import reproduce
 
-    options = {name: getattr(arguments, name) for name in ("scale", "rows", "data", "workers", "share", "show")}
+    options = {name: getattr(arguments, name) for name in ("scale", "rows", "data", "workers", "share", "show", "page")}
     return reproduce(arguments.out, arguments.work, **options)
 
 

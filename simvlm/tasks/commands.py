@@ -55,9 +55,18 @@ def _settings(kind: Any, command: str, argv: Sequence[str]) -> Any:
 
 
 def reproduce(
-    out: str, work: str, *, scale: str, rows: Sequence[str], data: str, workers: int, share: float, show: bool
+    out: str,
+    work: str,
+    *,
+    scale: str,
+    rows: Sequence[str],
+    data: str,
+    workers: int,
+    share: float,
+    show: bool,
+    page: bool,
 ) -> str:
-    """`simvlm reproduce`: runs what has no result yet.
+    """`simvlm reproduce`: runs what has no result yet, and writes the page of all results.
 
     Raises:
         ValueError: no scale or row has that name, or jobs failed.
@@ -67,8 +76,8 @@ def reproduce(
     from simvlm.kernels.dispatch import did_you_mean
     from simvlm.model.config import variant
     from simvlm.tasks import reproduce as runner
+    from simvlm.tasks import reproduce_page, world_data
     from simvlm.tasks.rows import SCALES, Data, jobs
-    from simvlm.tasks.world_data import prepare
 
     if scale not in SCALES:
         raise ValueError(f"scale must be one of {list(SCALES)}, got {scale!r}{did_you_mean(scale, list(SCALES))}")
@@ -81,7 +90,7 @@ def reproduce(
         benchmarks=f"{root}/benchmarks",
     )
     if scale == "demo":
-        found = prepare(root, share=share, workers=workers)
+        found = world_data.paths(root)
     made = jobs(chosen, found, len(variant(chosen.variant).conv_depths))
     names = sorted({job.row for job in made})
     for row in rows:
@@ -95,7 +104,14 @@ def reproduce(
     all_jobs = [job for job in made if job.name in needed]
     if show:
         return "\n".join(f"{job.name}\t{runner.command(job)}" for job in all_jobs)
-    failed = runner.run(all_jobs, Path(out), Path(work), workers=workers)
+    if page:
+        return str(reproduce_page.write(Path(out), made, scale, chosen, Path(work)))
+    if scale == "demo":
+        world_data.prepare(root, share=share, workers=workers)
+    try:
+        failed = runner.run(all_jobs, Path(out), Path(work), workers=workers)
+    finally:  # whatever stopped it
+        written = reproduce_page.write(Path(out), made, scale, chosen, Path(work))
     if failed:
-        raise ValueError(f"{len(failed)} of {len(all_jobs)} jobs failed: {', '.join(failed)}")
-    return f"{len(all_jobs)} jobs done; their results: {out}/{runner.JOBS}"
+        raise ValueError(f"{len(failed)} of {len(all_jobs)} jobs failed: {', '.join(failed)}; the others: {written}")
+    return f"{len(all_jobs)} jobs done: {written}"

@@ -101,6 +101,24 @@ def paired_difference(a: Sequence[float], b: Sequence[float], *, seed: int = 0) 
     return bootstrap(np.subtract(a, b, dtype=np.float64), seed=seed)
 
 
+def student(values: Sequence[float]) -> Interval:
+    """The mean of a few values that each stand for a run, with Student's 95 % interval.
+
+    Equal values give an interval without width.
+
+    Raises:
+        ValueError: fewer than two values, which tell nothing of how far runs lie apart.
+    """
+    from scipy import stats
+
+    scores = np.asarray(values, np.float64)
+    if scores.size < 2:
+        raise ValueError(f"student: values must be at least two, got {scores.size}")
+    mean = float(scores.mean())
+    half = float(stats.t.ppf((1 + LEVEL) / 2, scores.size - 1) * scores.std(ddof=1) / scores.size**0.5)
+    return Interval(mean, mean - half, mean + half, scores.size)
+
+
 def by_group(values: Sequence[float], groups: Sequence[str], *, seed: int = 0) -> dict[str, Interval]:
     """`bootstrap` of each group's items, the groups in order of their names.
 

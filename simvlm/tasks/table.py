@@ -10,7 +10,19 @@ from typing import Literal, Protocol
 
 from simvlm.data.captions import PROMPT
 from simvlm.kernels.dispatch import did_you_mean
-from simvlm.tasks import coco_captions, completion, glue, imagenet, multi30k, nli, nlvr2, nocaps, snli_ve, text_pairs, vqav2
+from simvlm.tasks import (
+    coco_captions,
+    completion,
+    glue,
+    imagenet,
+    multi30k,
+    nli,
+    nlvr2,
+    nocaps,
+    snli_ve,
+    text_pairs,
+    vqav2,
+)
 from simvlm.tasks.examples import Split
 
 Head = Literal["classify", "answers", "write", "probe"]

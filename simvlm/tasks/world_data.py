@@ -20,8 +20,18 @@ _TEXTS = 10_000
 """of pairs and of documents that the tokenizer learns from"""
 
 
+def paths(folder: Path) -> Data:
+    """Where everything lies in the folder, once it is written."""
+    return Data(
+        pairs=str(folder / "world/pairs/*.tar"),
+        documents=str(folder / "world/documents/*.jsonl.gz"),
+        tokenizer=str(folder / "tokenizer.model"),
+        benchmarks=str(folder / "benchmarks"),
+    )
+
+
 def prepare(folder: Path, *, seed: int = 0, share: float = 1.0, workers: int = 1) -> Data:
-    """Writes what is not there yet.
+    """Writes what is not there yet, and returns `paths(folder)`.
 
     Args:
         folder: of all of it.
@@ -29,12 +39,7 @@ def prepare(folder: Path, *, seed: int = 0, share: float = 1.0, workers: int = 1
         share: of all sizes.
         workers: processes that draw.
     """
-    data = Data(
-        pairs=str(folder / "world/pairs/*.tar"),
-        documents=str(folder / "world/documents/*.jsonl.gz"),
-        tokenizer=str(folder / "tokenizer.model"),
-        benchmarks=str(folder / "benchmarks"),
-    )
+    data = paths(folder)
     if not (folder / "world/manifest.json").exists():
         shutil.rmtree(folder / "world", ignore_errors=True)
         write_world(

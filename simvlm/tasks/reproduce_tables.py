@@ -1,0 +1,394 @@
+"""The tables of `simvlm reproduce`'s page: the paper's figures beside ours, the goals, what was not run."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from simvlm.tasks import paper
+from simvlm.tasks.metrics import Interval
+from simvlm.tasks.nocaps import DOMAINS
+from simvlm.tasks.reproduce_results import NOT_RUN, Compared, Results, apart, interval, shown
+from simvlm.tasks.rows import FULL
+
+PICTURES = ("own", "masked", "shuffled")
+LEAST_SCORE, MOST_BLIND, LEAST_GAIN = 85.0, 5.0, 20.0
+"""Goals, in points: of a finetuned score, of a blind model's distance from the majority, of the linear probe's gain."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A line of a table. `jobs`: its own, whose commands and seconds stand with it."""
+
+    cells: tuple[str, ...]
+    jobs: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    title: str
+    text: str
+    head: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Goal:
+    """`met`: None where what it is about was not run."""
+
+    text: str
+    found: str
+    met: bool | None
+
+    @property
+    def verdict(self) -> str:
+        return NOT_RUN if self.met is None else "met" if self.met else "missed"
+
+
+def tables(results: Results, compared: list[Compared]) -> list[Table]:
+    """All, in the order of the page."""
+    return [
+        _ablation(results, compared),
+        _finetuning(results),
+        _captions(results),
+        _nocaps(results),
+        _translation(results),
+        _transfer(results),
+        _open_vqa(results),
+        _probe(results),
+        _text(results),
+    ]
+
+
+def goals(results: Results) -> list[Goal]:
+    """What was set as a goal before anything was run, and whether it was reached."""
+    found = []
+    for task, name in _CLASSIFIED.items():
+        score = interval(results.found(_finetuned(task)).get("score"))
+        blind, majority = _blind(results, task)
+        found.append(
+            Goal(f"{name}, finetuned: at least 85", shown(score), None if score is None else score.value >= LEAST_SCORE)
+        )
+        met = None if blind is None or majority is None else abs(blind.value - majority) <= MOST_BLIND
+        told = shown(blind) if majority is None else f"{shown(blind)}, majority {majority:.1f}"
+        found.append(Goal(f"{name}, blind: within 5 points of the majority", told, met))
+    captioned = results.found("eval/coco/finetuned-own")
+    measures = {"cider": "CIDEr", "judged_right": "judged right"}
+    if captioned and "judged_right" not in captioned:
+        del measures["judged_right"]  # real pictures have no judge
+    for measure, name in measures.items():
+        for higher, lower in (("finetuned-own", "zero-shot-own"), ("zero-shot-own", "zero-shot-shuffled")):
+            above, below = (_caption(results, f"eval/coco/{kind}", measure) for kind in (higher, lower))
+            text = f"captions, {name}: {_KINDS[higher]} above {_KINDS[lower]}"
+            found.append(_above(text, above, {_KINDS[lower]: below}))
+    for task, name in _TRANSFERRED.items():
+        for kind in _FREEZES:
+            own, controls = _transferred(results, task, kind)
+            text = f"{name}, zero-shot, {_FREEZES[kind]}: above its controls, intervals apart"
+            found.append(_above(text, own, controls, intervals_apart=True))
+    probe, untrained = (
+        interval(results.found(f"eval/imagenet/{kind}").get("score")) for kind in ("probe", "untrained")
+    )
+    gain = None if probe is None or untrained is None else probe.value - untrained.value
+    text = "linear probe: at least 20 points above an untrained encoder"
+    found.append(Goal(text, NOT_RUN if gain is None else f"{gain:+.1f}", None if gain is None else gain >= LEAST_GAIN))
+    return found
+
+
+_CLASSIFIED = {"vqav2": "VQAv2", "nlvr2": "NLVR2", "snli-ve": "SNLI-VE"}
+_TRANSFERRED = {"snli-ve": "SNLI-VE", "german-captions": "German captions"}
+_FREEZES = {"frozen": "encoder frozen", "whole": "encoder trained"}
+_KINDS = {
+    "finetuned-own": "finetuned",
+    "zero-shot-own": "zero-shot",
+    "hundredth": "finetuned on a hundredth",
+    "finetuned-shuffled": "finetuned, pictures shuffled",
+    "zero-shot-shuffled": "zero-shot, pictures shuffled",
+}
+_ROWS = {
+    FULL: "full: PrefixLM, encoder and decoder",
+    "no-pretraining": "no pretraining",
+    "lm": "causal LM",
+    "span-corruption": "span corruption",
+    "without-image-text": "without image-text pairs",
+    "linear-patches": "linear patches, no convolutions",
+    "without-text": "without text-only documents",
+    "fewer-stages": "one convolution stage fewer (the paper: 2 blocks)",
+    "one-stage-more": "one convolution stage more (the paper: 4 blocks)",
+    "decoder-only": "decoder-only",
+    "decoder-only-lm": "decoder-only, causal LM",
+    "tenth-of-pairs": "a tenth of the pairs",
+}
+
+
+def _ablation(results: Results, compared: list[Compared]) -> Table:
+    rows = []
+    full = paper.ABLATION[FULL]
+    for entry in compared:
+        theirs = paper.ABLATION.get(entry.row)
+        direction = "" if entry.row == FULL else "below"
+        if theirs is not None and entry.row != FULL:
+            direction += f", {theirs.value - full.value:+.1f} (recalled)"
+        values = list(entry.scores.values())
+        seeds = ", ".join(f"{score:.1f}" for score in values)
+        mean = f"{sum(values) / len(values):.1f}" if values else NOT_RUN
+        if len(values) < entry.planned and values:
+            mean += f" ({len(values)} of {entry.planned} seeds)"
+        elif len(values) == 1:
+            mean += " (one seed)"
+        difference = ""
+        if entry.row != FULL:
+            difference = shown(entry.interval)
+            if entry.interval is None:
+                difference = "".join(f"{one:+.1f}, no interval" for one in entry.differences.values()) or NOT_RUN
+        jobs = tuple(job.name for job in results.jobs.values() if job.row == entry.row)
+        cells = (_ROWS[entry.row], str(theirs or "not known"), direction, mean, seeds, difference, entry.verdict)
+        rows.append(Row(cells, jobs))
+    return Table(
+        "Ablation: VQA after pretraining in other ways",
+        "The difference is to the full model with the same seed, its 95 % interval Student's over seeds; a row is "
+        "decided only where the interval excludes zero. Intervals are not corrected for how many rows there are: of "
+        "twenty comparisons of equals one would be decided. That each row lies below the full one in the paper was "
+        "seen; its figures are recalled, of another model on other pictures: directions compare, sizes do not.",
+        ("pretraining", "paper", "paper's direction", "ours, mean", "each seed", "difference", "verdict"),
+        tuple(rows),
+    )
+
+
+def _finetuning(results: Results) -> Table:
+    rows = []
+    for task, name in _CLASSIFIED.items():
+        score = interval(results.found(_finetuned(task)).get("score"))
+        blind, majority = _blind(results, task)
+        seen = ("finetune/vqav2/full-0", _finetuned(task))
+        own = seen if task == "vqav2" else (f"finetune/{task}/finetuned", _finetuned(task))
+        cells = (name, str(paper.BASE[task]), shown(score), _number(majority), shown(blind))
+        rows.append(Row(cells, (*own, f"finetune/{task}/blind", f"eval/{task}/blind")))
+    return Table(
+        "Finetuning",
+        "The blind model is finetuned and judged in the same way, with one grey square for every picture. Majority: "
+        "always the commonest answer, of VQA that of the question's type. Intervals: bootstrap over the examples.",
+        ("task", "paper, Base", "ours", "majority", "blind model"),
+        tuple(rows),
+    )
+
+
+def _captions(results: Results) -> Table:
+    rows = []
+    for kind, name in _KINDS.items():
+        result = f"eval/coco/{kind}"
+        entry = results.found(result).get("captions", {}).get("all", {})
+        cells = (
+            name,
+            str(paper.BASE.get(f"coco/{kind}", "")),
+            shown(_caption(results, result, "cider")) if not entry.get("skipped", {}).get("CIDEr") else "skipped",
+            *(_value(entry, metric) for metric in ("BLEU-4", "METEOR", "ROUGE-L", "SPICE")),
+            shown(_caption(results, result, "judged_right"))
+            if not entry or "judged_right" in results.found(result)
+            else "",
+        )
+        tuned = {"finetuned-own": ("finetune/coco/finetuned",), "hundredth": ("finetune/coco/hundredth",)}
+        rows.append(Row(cells, (*tuned.get(kind, ()), result)))
+    skipped = results.found("eval/coco/finetuned-own").get("captions", {}).get("all", {}).get("skipped", {})
+    told = "".join(f" {metric} was skipped: {why.partition(';')[0]}." for metric, why in skipped.items())
+    return Table(
+        "Captions",
+        "The paper's figure is CIDEr. Judged right, on the generated world alone: names every object with kind and "
+        "colour, states a relation where there are several, says nothing untrue. Shuffled: each caption is written "
+        f"for another picture.{told}",
+        ("captions", "paper, Base", "CIDEr", "BLEU-4", "METEOR", "ROUGE-L", "SPICE", "judged right"),
+        tuple(rows),
+    )
+
+
+def _nocaps(results: Results) -> Table:
+    rows = []
+    for kind in ("finetuned", "zero-shot"):
+        result = f"eval/nocaps/{kind}"
+        for group in ("all", *DOMAINS):
+            entry = results.found(result).get("captions", {}).get(group, {})
+            figure = paper.BASE.get(f"nocaps/{kind}" if group == "all" else f"nocaps/{kind} {group}", "")
+            cider = interval(entry.get("cider"), 1)
+            metrics = (_value(entry, metric) for metric in ("BLEU-4", "METEOR", "ROUGE-L", "SPICE"))
+            text = "skipped" if "CIDEr" in entry.get("skipped", {}) else shown(cider)
+            rows.append(Row((kind, group, str(figure), text, *metrics), (result,) if group == "all" else ()))
+    return Table(
+        "NoCaps, by domain",
+        "The model finetuned on COCO's captions, and the pretrained one, on the validation split; each domain is "
+        "scored as a set of its own. The paper's figure is CIDEr; finetuned, of the test split.",
+        ("captions", "domain", "paper, Base", "CIDEr", "BLEU-4", "METEOR", "ROUGE-L", "SPICE"),
+        tuple(rows),
+    )
+
+
+def _translation(results: Results) -> Table:
+    result = "eval/multi30k/finetuned"
+    bleu = interval(results.found(result).get("bleu"), 1)
+    row = Row(
+        ("English and picture to German", str(paper.BASE["multi30k"]), shown(bleu)),
+        ("finetune/multi30k/finetuned", result),
+    )
+    return Table(
+        "Multi30k",
+        "BLEU-4. Which of its test sets the paper used is not known.",
+        ("task", "paper, Base", "ours"),
+        (row,),
+    )
+
+
+def _transfer(results: Results) -> Table:
+    rows = []
+    for task, name in _TRANSFERRED.items():
+        taught = {"snli-ve": "nli", "german-captions": "translation"}[task]
+        for kind, freeze in _FREEZES.items():
+            own, controls = _transferred(results, task, kind)
+            met = _above("", own, controls, intervals_apart=True).met
+            text = results.found(f"eval/{taught}/{kind}")
+            on_text = interval(text.get("score")) or interval(text.get("bleu"), 1)
+            majority = controls.get("majority")
+            cells = (
+                f"{name}, {freeze}",
+                str(paper.BASE[f"{task}/zero-shot"]),
+                shown(own),
+                shown(controls["masked"]),
+                shown(controls["shuffled"]),
+                "none" if task == "german-captions" else _number(None if majority is None else majority.value),
+                NOT_RUN if met is None else "yes" if met else "no",
+                shown(on_text),
+            )
+            jobs = (f"finetune/{taught}/{kind}", f"eval/{taught}/{kind}")
+            rows.append(Row(cells, (*jobs, *(f"eval/{task}/zero-shot-{kind}-{pictures}" for pictures in PICTURES))))
+    return Table(
+        "Zero-shot transfer from text to pictures",
+        "Finetuned on text alone, text inference or translation; asked about pictures. SNLI-VE in points of accuracy, "
+        "German captions in BLEU-4. The convolutions stay as pretrained; learning rate and epoch were chosen on text.",
+        (
+            *(
+                "task",
+                "paper, Base",
+                "own pictures",
+                "masked",
+                "shuffled",
+                "majority",
+                "intervals apart",
+                "on its own text",
+            ),
+        ),
+        tuple(rows),
+    )
+
+
+def _open_vqa(results: Results) -> Table:
+    rows = []
+    for kind, name in (("finetuned", "finetuned, some answers left out"), ("without-finetuning", "no VQA finetuning")):
+        result = f"eval/open-vqa/{kind}"
+        found = results.found(result)
+        answers = found.get("answers", {})
+        none = NOT_RUN if not found else "not told"
+        seen, unseen = (shown(interval(answers[part])) if part in answers else none for part in ("seen", "unseen"))
+        if kind == "finetuned":
+            figures = [f"{paper.BASE[f'open-vqa {part}'].value:g}" for part in ("all", "seen", "unseen")]
+            theirs = f"{' / '.join(figures)} (recalled)"
+        else:
+            theirs = "often not usable"
+        jobs = (f"finetune/open-vqa/{kind}", result) if kind == "finetuned" else (result,)
+        score = shown(interval(found.get("score")))
+        rows.append(Row((name, theirs, score, seen, unseen, _percent(found.get("majority"))), jobs))
+    return Table(
+        "Open-ended VQA",
+        "The decoder writes the answer. Unseen: questions whose answer was kept out of finetuning. The paper's: all / "
+        "seen / unseen.",
+        ("model", "paper, Base", "ours, all", "seen answers", "unseen answers", "majority"),
+        tuple(rows),
+    )
+
+
+def _probe(results: Results) -> Table:
+    rows = []
+    for kind, name in (("probe", "pretrained encoder"), ("untrained", "untrained encoder")):
+        result = f"eval/imagenet/{kind}"
+        found = results.found(result)
+        theirs = str(paper.BASE["imagenet"]) if kind == "probe" else ""
+        jobs = (result,) if kind == "probe" else ("pretrain/untrained", result)
+        rows.append(Row((name, theirs, shown(interval(found.get("score"))), _percent(found.get("majority"))), jobs))
+    return Table(
+        "Linear probe",
+        "A linear map of the frozen encoder's mean state to the classes.",
+        ("encoder", "paper, Base", "ours", "majority"),
+        tuple(rows),
+    )
+
+
+def _text(results: Results) -> Table:
+    rows = []
+    for task in ("cola", "rte"):
+        result = f"eval/{task}/finetuned"
+        found = results.found(result)
+        cells = (task, "not known", shown(interval(found.get("score"))), _percent(found.get("majority")))
+        rows.append(Row(cells, (f"finetune/{task}/finetuned", result)))
+    return Table(
+        "Text alone",
+        "Accuracy on the tasks of GLUE that the world has a likeness of; the paper's GLUE figures are not known here.",
+        ("task", "paper", "ours", "majority"),
+        tuple(rows),
+    )
+
+
+def _above(
+    text: str, own: Interval | None, controls: dict[str, Interval | None], *, intervals_apart: bool = False
+) -> Goal:
+    """The goal to lie above all of these."""
+    told = f"{shown(own)} against {'; '.join(f'{name} {shown(control)}' for name, control in controls.items())}"
+    ran = [control for control in controls.values() if control is not None]
+    if own is None or len(ran) < len(controls):
+        return Goal(text, NOT_RUN, None)
+    met = all(apart(own, control) if intervals_apart else own.value > control.value for control in ran)
+    if met and not all(apart(own, control) for control in ran):
+        told += ", intervals touch"
+    return Goal(text, told, met)
+
+
+def _finetuned(task: str) -> str:
+    return "eval/vqav2/full-0" if task == "vqav2" else f"eval/{task}/finetuned"
+
+
+def _blind(results: Results, task: str) -> tuple[Interval | None, float | None]:
+    """The blind model's score, and the majority's on the same examples."""
+    found = results.found(f"eval/{task}/blind") or results.found(_finetuned(task))
+    blind = interval(results.found(f"eval/{task}/blind").get("score"))
+    return blind, 100 * found["majority"] if "majority" in found else None
+
+
+def _caption(results: Results, name: str, measure: str) -> Interval | None:
+    found = results.found(name)
+    if measure == "judged_right":
+        return interval(found.get("judged_right"))
+    return interval(found.get("captions", {}).get("all", {}).get("cider"), 1)
+
+
+def _transferred(results: Results, task: str, kind: str) -> tuple[Interval | None, dict[str, Interval | None]]:
+    """The score with its own pictures, and those of the controls; the majority is an interval without width."""
+    by_pictures: dict[str, Interval | None] = {}
+    majority: Interval | None = None
+    for pictures in PICTURES:
+        found = results.found(f"eval/{task}/zero-shot-{kind}-{pictures}")
+        by_pictures[pictures] = interval(found.get("score")) or interval(found.get("bleu"), 1)
+        if "majority" in found:
+            value = 100 * found["majority"]
+            majority = Interval(value, value, value, found["score"]["n"])
+    own = by_pictures.pop("own")
+    return own, by_pictures if task == "german-captions" else by_pictures | {"majority": majority}
+
+
+def _value(entry: dict[str, Any], metric: str) -> str:
+    if not entry:
+        return NOT_RUN
+    return f"{entry['values'][metric]:.1f}" if metric in entry["values"] else "skipped"
+
+
+def _number(value: float | None) -> str:
+    return NOT_RUN if value is None else f"{value:.1f}"
+
+
+def _percent(share: float | None) -> str:
+    return NOT_RUN if share is None else f"{100 * share:.1f}"
