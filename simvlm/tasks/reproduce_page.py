@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from simvlm.tasks import reproduce_plots
@@ -13,7 +13,7 @@ from simvlm.tasks.reproduce import Job, command
 from simvlm.tasks.reproduce_gallery import Card, panels
 from simvlm.tasks.reproduce_results import NOT_RUN, Results, ablation
 from simvlm.tasks.reproduce_tables import Goal, Row, Table, goals, tables
-from simvlm.tasks.rows import Scale
+from simvlm.tasks.rows import GALLERY, Scale
 
 PAGE, README = "index.html", "README.md"
 _LABELS = "abcdefgh"
@@ -31,6 +31,7 @@ p { margin: 4px 0 14px; max-width: 80ch; }
 table { border-collapse: collapse; background: #fff; border: 1px solid #e2e2de; font-size: 14px; }
 td, th { padding: 5px 12px; text-align: left; vertical-align: top; font-variant-numeric: tabular-nums; }
 th { font-weight: 600; color: #5b5b63; }
+td:last-child { white-space: nowrap; }
 tr + tr, tbody tr { border-top: 1px solid #eeeeea; }
 .right { color: #15803d; font-weight: 600; }
 .wrong { color: #b91c1c; font-weight: 600; }
@@ -62,6 +63,7 @@ def write(out: Path, jobs: Sequence[Job], scale_name: str, scale: Scale, work: P
     Returns:
         index.html's path.
     """
+    out.mkdir(parents=True, exist_ok=True)
     results = Results(out, jobs)
     compared = ablation(results)
     found = tables(results, compared)
@@ -96,11 +98,7 @@ class _Writer:
         for place, table in enumerate(found):
             rows = [(*row.cells, self._time(row)) for row in table.rows]
             parts += [_section(table.title, table.text), _html_table((*table.head, "time"), rows)]
-            commands = "".join(
-                f"<li>{html.escape(told)}<br><code>{html.escape(line)}</code></li>"
-                for told, line in self._commands(table)
-            )
-            parts.append(f"<details><summary>Commands</summary><ul>{commands}</ul></details>")
+            parts.append(self._html_commands(_jobs(table)))
             if place == 0:
                 parts += [self._html_plot(reproduce_plots.ABLATION, "Ablation", ""), self._html_plot(*_LOSS)]
         parts.append(_section("Gallery", _GALLERY))
@@ -108,6 +106,7 @@ class _Writer:
             parts.append(f"<h3>({label}) {html.escape(panel)}</h3>")
             body = "".join(map(_html_card, shown))
             parts.append(f'<div class="cards">{body}</div>' if body else f'<p class="empty">{NOT_RUN}</p>')
+        parts.append(self._html_commands(GALLERY.values()))
         return (
             '<!doctype html><html lang="en"><head><meta charset="utf-8">'
             f'<meta name="viewport" content="width=device-width"><title>{_TITLE}</title><style>{_STYLE}</style></head>'
@@ -122,8 +121,7 @@ class _Writer:
         for place, table in enumerate(found):
             parts += [f"## {table.title}", table.text]
             parts.append(_markdown_table((*table.head, "time"), [(*row.cells, self._time(row)) for row in table.rows]))
-            lines = "\n".join(f"# {told}\n{line}" for told, line in self._commands(table))
-            parts.append(f"<details><summary>Commands</summary>\n\n```bash\n{lines}\n```\n\n</details>")
+            parts.append(self._markdown_commands(_jobs(table)))
             if place == 0:
                 parts += [f"![ablation]({reproduce_plots.ABLATION})"] * (reproduce_plots.ABLATION in self.plots)
                 parts += [_LOSS[2], f"![losses]({reproduce_plots.LOSS})"] * (reproduce_plots.LOSS in self.plots)
@@ -133,6 +131,7 @@ class _Writer:
             rows = [(card.read, card.prediction, card.reference, card.verdict) for card in shown]
             parts.append(f"### ({label}) {panel}")
             parts.append(_markdown_table(("read", "written", "reference", ""), rows) if rows else NOT_RUN)
+        parts.append(self._markdown_commands(GALLERY.values()))
         return "\n\n".join(parts) + "\n"
 
     def _head(self) -> list[str]:
@@ -153,16 +152,19 @@ class _Writer:
                 )
             )
             machines[name] = machines.get(name, 0) + 1
+        logs = [self.results.found(job.name).get("log") for job in self.results.jobs.values() if "/" not in job.row]
+        counts = sorted({log[-1]["step"] for log in logs if log} or {scale.steps})
+        steps = " or ".join(f"{count:,}" for count in counts)
         world = "on a generated world in the benchmarks' file formats" if self.scale_name == "demo" else "on real files"
         return [
-            f"The experiments of SimVLM (Wang et al. 2022) at scale {self.scale_name}, {world}: {scale.steps:,} steps "
+            f"The experiments of SimVLM (Wang et al. 2022) at scale {self.scale_name}, {world}: {steps} steps "
             f"of {scale.pairs} pairs and {scale.documents} documents in pretraining, variant {scale.variant}; "
             f"{_many(scale.core_seeds, 'seed')} of the ablation's core rows, {_many(scale.seeds, 'seed')} of its "
             "others, one of everything else. The paper's figures stand beside ours for the direction, not the size: "
             "model, data and pictures are other ones. Figures marked “recalled” were not looked up.",
             f"{ran}: {'; '.join(f'{many} on {name}' for name, many in machines.items()) or 'none'}. A row without a "
             f"result reads “{NOT_RUN}”. Scores are in points, with 95 % intervals in brackets; times are of a row's "
-            "own jobs.",
+            "own jobs. Commands are given in the work folder; those of a row's first seed stand for all.",
         ]
 
     def _time(self, row: Row) -> str:
@@ -171,17 +173,24 @@ class _Writer:
             return NOT_RUN if row.jobs else ""
         return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
 
-    def _commands(self, table: Table) -> list[tuple[str, str]]:
-        """(name and seconds, command) of the jobs of its rows; of rows with several seeds, the first's commands."""
+    def _html_commands(self, names: Iterable[str]) -> str:
+        items = "".join(
+            f"<li>{html.escape(told)}<br><code>{html.escape(line)}</code></li>" for told, line in self._commands(names)
+        )
+        return f"<details><summary>Commands</summary><ul>{items}</ul></details>"
+
+    def _markdown_commands(self, names: Iterable[str]) -> str:
+        lines = "\n".join(f"# {told}\n{line}" for told, line in self._commands(names))
+        return f"<details><summary>Commands</summary>\n\n```bash\n{lines}\n```\n\n</details>"
+
+    def _commands(self, names: Iterable[str]) -> list[tuple[str, str]]:
+        """(name and seconds, command) of each job; other seeds than the first differ in their --seed alone."""
         found = []
-        for name in (name for row in table.rows for name in row.jobs):
-            job, file = self.results.jobs.get(name), self.results.files.get(name)
-            if job is None:
-                continue
-            told = f"{name}: " + (NOT_RUN if file is None else f"{file['seconds']:.1f} s")
+        for name in names:
+            job, file = self.results.jobs[name], self.results.files.get(name)
             if job.seed == 0:
-                line = command(job) if file is None else file["command"]
-                found.append((told, _from_work(line, self.work)))
+                told = f"{name}: " + (NOT_RUN if file is None else f"{file['seconds']:.1f} s")
+                found.append((told, _from_work(command(job) if file is None else file["command"], self.work)))
         return found
 
     def _html_plot(self, name: str, alt: str, text: str) -> str:
@@ -203,6 +212,10 @@ _LOSS = (
     "Loss of pretraining, first seeds, per target token. Objectives have different targets: losses of PrefixLM, LM and "
     "span corruption do not compare.",
 )
+
+
+def _jobs(table: Table) -> list[str]:
+    return [name for row in table.rows for name in row.jobs]
 
 
 def _from_work(line: str, work: Path) -> str:

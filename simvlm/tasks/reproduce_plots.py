@@ -14,7 +14,7 @@ from PIL import Image
 
 from simvlm.tasks import paper
 from simvlm.tasks.reproduce_gallery import Card
-from simvlm.tasks.reproduce_results import Compared, Results
+from simvlm.tasks.reproduce_results import LABELS, Compared, Results
 from simvlm.tasks.rows import FULL
 
 ABLATION, LOSS, GALLERY = "ablation.png", "loss.png", "gallery.png"
@@ -43,7 +43,7 @@ def ablation(compared: Sequence[Compared], path: Path) -> bool:
             axes.plot([entry.interval.low, entry.interval.high], [place, place], color=colour, linewidth=2)
         if entry.row in paper.ABLATION:
             axes.plot(paper.ABLATION[entry.row].value - full, place, "D", color=_PAPER, markersize=5, fillstyle="none")
-    axes.set_yticks(range(len(rows)), [entry.row for entry in rows])
+    axes.set_yticks(range(len(rows)), [LABELS[entry.row] for entry in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlabel("VQA score, difference to the full model with the same seed, points")
     axes.grid(axis="x", color="#eeeeee")
@@ -79,7 +79,7 @@ def losses(results: Results, path: Path) -> bool:
         steps, values = zip(*points, strict=True)
         marker = "o" if len(points) == 1 else ""
         colour = _PALETTE[place % len(_PALETTE)]
-        axes.plot(steps, values, style, marker=marker, color=colour, linewidth=1.2, label=row)
+        axes.plot(steps, values, style, marker=marker, color=colour, linewidth=1.2, label=LABELS[row])
     axes.set(xlabel="step", ylabel="nats per target token", ylim=(0, None), xlim=(0, None))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, ncols=2)

@@ -14,6 +14,21 @@ from simvlm.tasks.reproduce import Job, result_path
 from simvlm.tasks.rows import ABLATION, CORE, FULL, NO_PRETRAINING
 
 NOT_RUN = "not run"
+LABELS = {
+    FULL: "full: PrefixLM, encoder and decoder",
+    "no-pretraining": "no pretraining",
+    "lm": "causal LM",
+    "span-corruption": "span corruption",
+    "without-image-text": "without image-text pairs",
+    "linear-patches": "linear patches, no convolutions",
+    "without-text": "without text-only documents",
+    "fewer-stages": "one convolution stage fewer",
+    "one-stage-more": "one convolution stage more",
+    "decoder-only": "decoder-only",
+    "decoder-only-lm": "decoder-only, causal LM",
+    "tenth-of-pairs": "a tenth of the pairs",
+}
+"""Of the ablation's rows."""
 
 
 class Results:

@@ -8,7 +8,7 @@ from typing import Any
 from simvlm.tasks import paper
 from simvlm.tasks.metrics import Interval
 from simvlm.tasks.nocaps import DOMAINS
-from simvlm.tasks.reproduce_results import NOT_RUN, Compared, Results, apart, interval, shown
+from simvlm.tasks.reproduce_results import LABELS, NOT_RUN, Compared, Results, apart, interval, shown
 from simvlm.tasks.rows import FULL
 
 PICTURES = ("own", "masked", "shuffled")
@@ -105,20 +105,6 @@ _KINDS = {
     "finetuned-shuffled": "finetuned, pictures shuffled",
     "zero-shot-shuffled": "zero-shot, pictures shuffled",
 }
-_ROWS = {
-    FULL: "full: PrefixLM, encoder and decoder",
-    "no-pretraining": "no pretraining",
-    "lm": "causal LM",
-    "span-corruption": "span corruption",
-    "without-image-text": "without image-text pairs",
-    "linear-patches": "linear patches, no convolutions",
-    "without-text": "without text-only documents",
-    "fewer-stages": "one convolution stage fewer (the paper: 2 blocks)",
-    "one-stage-more": "one convolution stage more (the paper: 4 blocks)",
-    "decoder-only": "decoder-only",
-    "decoder-only-lm": "decoder-only, causal LM",
-    "tenth-of-pairs": "a tenth of the pairs",
-}
 
 
 def _ablation(results: Results, compared: list[Compared]) -> Table:
@@ -142,7 +128,7 @@ def _ablation(results: Results, compared: list[Compared]) -> Table:
             if entry.interval is None:
                 difference = "".join(f"{one:+.1f}, no interval" for one in entry.differences.values()) or NOT_RUN
         jobs = tuple(job.name for job in results.jobs.values() if job.row == entry.row)
-        cells = (_ROWS[entry.row], str(theirs or "not known"), direction, mean, seeds, difference, entry.verdict)
+        cells = (LABELS[entry.row], str(theirs or "not known"), direction, mean, seeds, difference, entry.verdict)
         rows.append(Row(cells, jobs))
     return Table(
         "Ablation: VQA after pretraining in other ways",
