@@ -67,7 +67,7 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
         "sha256": split.sha256,
         "settings": dataclasses.asdict(settings),
         **scored.result,
-        "samples": samples(split, Path(settings.data), predicted.answers, scored),
+        "samples": samples(task, split, Path(settings.data), predicted.answers, scored),
     }
     if settings.out:
         _write(Path(settings.out), task, split, predicted.answers, scored, result)
@@ -224,14 +224,19 @@ def score(
     return Scored(result, items)
 
 
-def samples(split: Split, data: Path, predictions: Mapping[str, str], scored: Scored) -> list[dict[str, Any]]:
-    """The first examples, for whoever looks at a few: their own pictures' paths within `data`, texts, prediction.
+def samples(
+    task: Task, split: Split, data: Path, predictions: Mapping[str, str], scored: Scored
+) -> list[dict[str, Any]]:
+    """The first examples, for whoever looks at a few.
 
-    `reference` is what most annotators said or the first of the texts, "" where there is none; `score` is None where
-    examples have none of their own.
+    Returns:
+        Of each: its own pictures' paths within `data`; `read`, all that the model read beside them; the prediction; the
+        `reference`, what most annotators said or the first of the texts, "" where there is none; the `score`, None
+        where examples have none of their own.
     """
     found = []
     for example in split.examples[:SAMPLES]:
+        read = (task.prompt, example.source if task.reads_source else "", example.text)
         reference = max(example.references, key=example.references.count, default="")
         if example.label is not None:
             reference = split.labels[example.label]
@@ -239,8 +244,7 @@ def samples(split: Split, data: Path, predictions: Mapping[str, str], scored: Sc
             {
                 "id": example.id,
                 "images": [os.path.relpath(path, data) for path in example.images],
-                "source": example.source,
-                "text": example.text,
+                "read": " ".join(filter(None, read)),
                 "prediction": predictions[example.id],
                 "reference": reference,
                 "score": scored.items.get(example.id),

@@ -23,7 +23,7 @@ class Card:
     Attributes:
         picture: PNG in base64; "" where the result has none.
         read: what the model read beside the picture.
-        prediction: what it wrote.
+        prediction: what it wrote, or "(nothing)".
         reference: an answer or caption that is right.
         score: of the prediction, in [0, 1]; None where nothing judges it.
     """
@@ -65,8 +65,8 @@ def _card(sample: dict[str, Any], *, judged: bool) -> Card:
     """`judged`: scores are of right and wrong. (CIDEr's of one picture are not.)"""
     return Card(
         picture=next(iter(sample.get("pictures", [])), ""),
-        read=sample["text"] or sample["source"],
-        prediction=sample["prediction"],
+        read=sample["read"],
+        prediction=sample["prediction"] or "(nothing)",
         reference=sample["reference"],
         score=sample["score"] if judged else None,
     )

@@ -246,7 +246,7 @@ def _html_cell(text: str) -> str:
 def _html_card(card: Card) -> str:
     picture = f'<img alt="" src="data:image/png;base64,{card.picture}">' if card.picture else ""
     lines = [f'<span class="soft">{html.escape(card.read)}</span>'] if card.read else []
-    lines.append(f"→ {html.escape(card.prediction) or '(nothing)'}")
+    lines.append(f"→ {html.escape(card.prediction)}")
     if card.verdict:
         kind = {"right": "right", "wrong": "wrong"}.get(card.verdict, "soft")
         lines.append(f'<span class="{kind}">{card.verdict}</span>')
