@@ -454,15 +454,16 @@ def test_two_jobs_from_beginning_to_end(world, tmp_path):
     assert reproduce.run(jobs, tmp_path / "out", tmp_path / "work", workers=1) == []
     first, second = (json.loads(reproduce.result_path(tmp_path / "out", job.name).read_text()) for job in jobs)
     assert [line["step"] for line in first["found"]["log"]] == [1, 2]
-    samples = second["found"]["samples"]
-    assert len(samples) == 3
-    for sample in samples:
+    assert second["found"]["settings"]["checkpoint"] == "pretrain/full-0/checkpoint"
+    shown = second["found"]["samples"]
+    assert len(shown) == 3
+    for sample in shown:
         assert sample["pictures"] == [thumbnail(world / "benchmarks/coco" / sample["images"][0])]
         assert sample["score"] is None
         assert sample["read"].startswith(f"{PROMPT} ")
     assert second["machine"]["threads"] >= 1
     text = reproduce_page.write(tmp_path / "out", made_with(jobs), "demo", rows.SCALES["demo"], tmp_path / "work")
-    assert all(sample["pictures"][0] in text.read_text() for sample in samples)
+    assert all(sample["pictures"][0] in text.read_text() for sample in shown)
 
 
 def made_with(jobs):

@@ -58,7 +58,7 @@ def run(jobs: Sequence[Job], out: Path, work: Path, *, workers: int) -> list[str
     Args:
         jobs: all that are wanted.
         out: where results are kept.
-        work: where checkpoints are.
+        work: where checkpoints are; results tell paths from there.
         workers: processes; they share the processor's cores.
     """
     (out / JOBS).mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,8 @@ def run(jobs: Sequence[Job], out: Path, work: Path, *, workers: int) -> list[str
             for future in done:
                 job = running.pop(future)
                 try:
-                    write_whole(result_path(out, job.name), json.dumps(future.result(), indent=1) + "\n")
+                    text = json.dumps(future.result(), indent=1) + "\n"
+                    write_whole(result_path(out, job.name), text.replace(f"{work}/", ""))  # paths of no one machine
                     print(f"{job.name}: done", flush=True)
                 except (ValueError, OSError) as error:
                     failed.append(job.name)
