@@ -312,7 +312,8 @@ def report(found: dict[str, Any]) -> str:
         f"{found['row_fill']:.1%} of all rows in use",
         "",
         f"compiled in {found['compile_s']} s; per device: arguments {found['argument_gib']:.2f} GiB, temporaries "
-        f"{found['temporary_gib']:.2f} GiB, peak {found['peak_gib']:.2f} of {found['usable_gib']:.2f} GiB usable",
+        f"{found['temporary_gib']:.2f} GiB, peak {found['peak_gib']:.2f} of {found['usable_gib']:.2f} GiB usable"
+        + _misfit(found),
         f"operations: {found['model_flops']:.3g} of the model, {found['hardware_flops']:.3g} with what is computed "
         "again",
         f"bytes per device: memory {found['hbm_bytes_per_device']:.3g} (counted), links "
@@ -332,11 +333,15 @@ def report(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _misfit(found: dict[str, Any]) -> str:
+    return "" if found["peak_gib"] <= found["usable_gib"] else ", does not fit"
+
+
 _COLUMNS = (
     ("topology", lambda x: x["topology"]),
     ("mesh", lambda x: "×".join(map(str, x["mesh"]))),
     ("remat", lambda x: x["remat"]),
-    ("peak GiB", lambda x: f"{x['peak_gib']:.2f} of {x['usable_gib']:.2f}"),
+    ("peak GiB", lambda x: f"{x['peak_gib']:.2f} of {x['usable_gib']:.2f}{_misfit(x)}"),
     ("compute s", lambda x: f"{x['predicted']['compute_s']:.3f}"),
     ("memory s", lambda x: f"{x['predicted']['memory_s']:.3f}"),
     ("links s", lambda x: f"{x['predicted']['links_s']:.3f}"),
