@@ -27,7 +27,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 from sanitized import use_the_sanitized_module
-from task_cases import make_task_world
 
 from simvlm.train import tpu_plan
 
@@ -42,6 +41,8 @@ torch.utils.deterministic.fill_uninitialized_memory = True
 @pytest.fixture(scope="session")
 def task_world(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """The benchmarks' own world: see task_cases.py."""
+    from task_cases import make_task_world  # here: `make test-xla` has none of what it imports
+
     return make_task_world(tmp_path_factory.mktemp("tasks"))
 
 
