@@ -244,10 +244,13 @@ def test_ten_thousand_calls_leave_memory_where_it_was(name):
     call = _calls()[name]
     for _ in range(2_000):  # the allocator takes up to a MiB in its first calls, and then no more
         call()
-    before = _resident_kib()
-    for _ in range(10_000):
-        call()
-    assert _resident_kib() - before < 1024
+    growths = []
+    for _ in range(4):  # what leaks grows each time; the allocator, among the tests before, takes some now and then
+        before = _resident_kib()
+        for _ in range(2_500):
+            call()
+        growths.append(_resident_kib() - before)
+    assert min(growths) < 256, growths
 
 
 @pytest.mark.parametrize(("backward", "limit_mib"), [(False, 16), (True, 32)])
