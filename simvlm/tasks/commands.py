@@ -69,7 +69,7 @@ def reproduce(
     """`simvlm reproduce`: runs what has no result yet, and writes the page of all results.
 
     Raises:
-        ValueError: no scale or row has that name, or jobs failed.
+        ValueError: no scale or row has that name, a number is out of range, or jobs failed.
     """
     from pathlib import Path
 
@@ -81,6 +81,10 @@ def reproduce(
 
     if scale not in SCALES:
         raise ValueError(f"scale must be one of {list(SCALES)}, got {scale!r}{did_you_mean(scale, list(SCALES))}")
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
+    if not 0 < share <= 1:
+        raise ValueError(f"share must be above 0 and at most 1, got {share}")
     chosen = SCALES[scale]
     root = Path(data or f"{work}/data")
     found = Data(

@@ -71,6 +71,21 @@ class Scale:
 _PAPER = OptimizerSettings(warmup=0.1)
 _PAPERS_LR = (1e-5, 2e-5, 5e-5)
 _EPOCHS = {"vqav2": 10, "nlvr2": 10, "snli-ve": 5, "nli": 3, "coco": 10, "multi30k": 10, "translation": 10}
+_SMALL = Scale(  # the paper's ablation: 200,000 steps (recalled)
+    variant="small",
+    steps=200_000,
+    pairs=4096,
+    documents=512,
+    pretraining=OptimizerSettings(),
+    lr=_PAPERS_LR,
+    ablation_lr=2e-5,
+    epochs=_EPOCHS,
+    batch=256,
+    finetuning=_PAPER,
+    seeds=1,
+    core_seeds=1,
+    image_size=480,
+)
 SCALES = {
     "demo": Scale(
         variant="demo",
@@ -99,36 +114,8 @@ SCALES = {
         max_len=60,
         device="cpu",
     ),
-    "small": Scale(  # the paper's ablation: 200,000 steps (recalled)
-        variant="small",
-        steps=200_000,
-        pairs=4096,
-        documents=512,
-        pretraining=OptimizerSettings(),
-        lr=_PAPERS_LR,
-        ablation_lr=2e-5,
-        epochs=_EPOCHS,
-        batch=256,
-        finetuning=_PAPER,
-        seeds=1,
-        core_seeds=1,
-        image_size=480,
-    ),
-    "base": Scale(
-        variant="base",
-        steps=1_000_000,
-        pairs=4096,
-        documents=512,
-        pretraining=OptimizerSettings(),
-        lr=_PAPERS_LR,
-        ablation_lr=2e-5,
-        epochs=_EPOCHS,
-        batch=256,
-        finetuning=_PAPER,
-        seeds=1,
-        core_seeds=1,
-        image_size=480,
-    ),
+    "small": _SMALL,
+    "base": dataclasses.replace(_SMALL, variant="base", steps=1_000_000),
 }
 
 FULL = "full"
