@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from simvlm.train.hlo import BYTES, Computation, Instruction, parse, rounds
+from simvlm.train.tpu_plan import set_environment
 
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([\d,]*)(:[^{}]*)?\})?")
 _FREE = frozenset(("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id"))
@@ -202,15 +203,14 @@ def attention_bytes(topology: str, shape: Shape) -> tuple[int, int]:
     Dense is `jax.nn.dot_product_attention` with a mask and a bias of every pair, looked up in the table: what there is
     without a kernel that knows tables.
     """
+    set_environment()  # before jax is imported
     import jax
     import jax.numpy as jnp
     from jax.experimental.topologies import get_topology_desc
 
     from simvlm.kernels import PrefixLayout, prefix_attention
     from simvlm.kernels.attention.xla_blocks import BLOCK_S, BLOCK_T
-    from simvlm.train.tpu_plan import set_environment
 
-    set_environment()
     rows, side, patches = shape.rows, shape.side, shape.side**2
     layout = PrefixLayout.packed([rows], prefix_lens=[shape.prefix], image_grid=(side, side))
     device = get_topology_desc(platform="tpu", topology_name=topology).devices[0]
