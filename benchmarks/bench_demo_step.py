@@ -102,7 +102,7 @@ class Problem:
         engine = TorchEngine(dataclasses.replace(self.settings, impl=impl), self.config)
 
         def call() -> StepLoss:
-            return engine.step(self.mixed, LR)
+            return engine.step(self.mixed, LR, self.mixed.batch.suffix_tokens())
 
         return Contestant(name=f"simvlm {impl}", what=f"TorchEngine.step with impl={impl!r}", kind=kind, call=call)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import safetensors.numpy
@@ -18,7 +20,7 @@ from simvlm.train.settings import DataSettings, PretrainSettings
 
 VOCABULARY = 400
 CONFIG = dataclasses.replace(TINY, vocab_size=VOCABULARY)
-TIMES = ("step_s", "samples_per_s", "tokens_per_s", "data_wait_share")
+TIMES = ("step_s", "samples_per_s", "tokens_per_s", "data_wait_share", "model_tflops_per_s", "memory_gib")
 
 
 def make_world(folder):
@@ -31,6 +33,20 @@ def make_world(folder):
     return folder
 
 
+def break_pictures(shard, every):
+    """Cuts the pictures of every so many samples of a shard in half."""
+    content = io.BytesIO()
+    with tarfile.open(shard) as source, tarfile.open(fileobj=content, mode="w") as target:
+        names = list(dict.fromkeys(member.name.partition(".")[0] for member in source))
+        for member in source:
+            data = source.extractfile(member).read()
+            if member.name.endswith(".png") and names.index(member.name.partition(".")[0]) % every == 0:
+                data = data[: len(data) // 2]
+                member.size = len(data)
+            target.addfile(member, io.BytesIO(data))
+    shard.write_bytes(content.getvalue())
+
+
 def settings_of(world, out, **changes):
     data = DataSettings(
         pairs=(f"{world}/pairs/*.tar",),
@@ -41,6 +57,11 @@ def settings_of(world, out, **changes):
     )
     values = {"variant": f"{world}/tiny.json", "steps": 6, "data": data, "device": "cpu", "log_every": 1}
     return PretrainSettings(out=str(out), **values | changes)
+
+
+def step_of(engine, mixed, lr=1e-3):
+    """A step of an engine that has the whole batch."""
+    return engine.step(mixed, lr, mixed.batch.suffix_tokens())
 
 
 def log_of(run):

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from model_cases import tiny_model
-from pretrain_cases import CONFIG, log_of, make_world, model_of, settings_of
+from pretrain_cases import CONFIG, log_of, make_world, model_of, settings_of, step_of
 
 from simvlm.data.tokenizer import Tokenizer
 from simvlm.train import loop
@@ -52,7 +52,7 @@ def _of_one_size(engine):
 
 def _run(settings, engine):
     mixture = _mixture(settings, engine)
-    loop.Run(engine, mixture, settings, image_len=CONFIG.image_len).all_steps()
+    loop.Run(engine, mixture, settings, CONFIG).all_steps()
     return log_of(settings.out)
 
 
@@ -64,7 +64,7 @@ def one_device(world, tmp_path_factory):
 
 
 def _same_curve(log, other, places=4):
-    assert [line["sample_ids_sha256"] for line in log] == [line["sample_ids_sha256"] for line in other]
+    assert [line["sample_ids_hash"] for line in log] == [line["sample_ids_hash"] for line in other]
     for name in ("loss", "loss_image_text", "loss_text_only", "grad_norm", "lr"):
         np.testing.assert_allclose(*([line[name] for line in lines] for lines in (log, other)), rtol=10.0**-places)
 
@@ -95,9 +95,9 @@ def test_a_mesh_changes_nothing(mesh, world, one_device, tmp_path):
 
 def test_accumulation_adds_up(world, one_device, tmp_path):
     """But for BatchNorm's statistics, which are each micro-batch's: losses are near, not equal."""
-    settings, engine = _engine(world, tmp_path / "run", jax=JaxSettings(mesh=(1, 1, 1), accumulate=2))
+    settings, engine = _engine(world, tmp_path / "run", jax=ONE, accumulate=2)
     log = _run(settings, engine)
-    assert [line["sample_ids_sha256"] for line in log] == [line["sample_ids_sha256"] for line in one_device[0]]
+    assert [line["sample_ids_hash"] for line in log] == [line["sample_ids_hash"] for line in one_device[0]]
     np.testing.assert_allclose(log[0]["loss_text_only"], one_device[0][0]["loss_text_only"], rtol=1e-5)
 
 
@@ -109,13 +109,13 @@ def test_a_run_that_stops_goes_on_with_the_same_bits(world, one_device, tmp_path
 
     step = engine.step
 
-    def until_the_fourth(mixed, lr):
+    def until_the_fourth(mixed, lr, tokens):
         if mixed.step == 3:
             raise Stopped
-        return step(mixed, lr)
+        return step(mixed, lr, tokens)
 
     engine.step = until_the_fourth
-    run = loop.Run(engine, _mixture(settings, engine), settings, image_len=CONFIG.image_len)
+    run = loop.Run(engine, _mixture(settings, engine), settings, CONFIG)
     with pytest.raises(Stopped):
         run.all_steps()
     again = _of_one_size(JaxEngine(settings, CONFIG))  # other weights, until the checkpoint's are loaded
@@ -132,7 +132,7 @@ def test_a_checkpoint_goes_to_another_mesh(world, one_device, tmp_path):
     log = _run(settings, _of_one_size(JaxEngine(settings, CONFIG)))
     assert [line["step"] for line in log] == [1, 2, 3, 4, 5, 6]
     # The schedule of a run of 3 steps is another, so only the samples are compared.
-    assert [x["sample_ids_sha256"] for x in log] == [x["sample_ids_sha256"] for x in one_device[0]]
+    assert [x["sample_ids_hash"] for x in log] == [x["sample_ids_hash"] for x in one_device[0]]
 
 
 def test_two_processes_are_one(world, one_device, tmp_path):
@@ -148,7 +148,7 @@ def test_two_processes_are_one(world, one_device, tmp_path):
         "chosen = JaxSettings(mesh=(2, 1, 1), coordinator=f'127.0.0.1:{port}', process=(index, 2))\n"
         "connect(chosen)\n"
         "settings, engine = _engine(world, out / 'run', jax=chosen)\n"
-        "loop.Run(engine, _mixture(settings, engine), settings, image_len=CONFIG.image_len).all_steps()\n"
+        "loop.Run(engine, _mixture(settings, engine), settings, CONFIG).all_steps()\n"
     )
     both = [
         subprocess.Popen(
@@ -175,7 +175,7 @@ def test_a_step_that_diverges_changes_nothing_and_names_its_samples(world, tmp_p
     poisoned = np.array(engine.state["params"]["text_positions"])
     engine.state["params"]["text_positions"].set_value(jax.numpy.full(poisoned.shape, np.nan))
     with pytest.raises(Diverged) as caught:
-        engine.step(mixed, 1e-3)
+        step_of(engine, mixed)
     assert caught.value.rows == list(range(len(batch.sources)))
     after = jax.tree.map(np.asarray, engine.state)
     for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True):

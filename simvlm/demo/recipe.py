@@ -157,7 +157,8 @@ def _step_seconds(settings: PretrainSettings, tokenizer: Tokenizer) -> float:
     batches = mixture.iterate(0, _WARM_STEPS + _TIMED_STEPS)
     for _ in range(_WARM_STEPS + _TIMED_STEPS):
         began = time.perf_counter()
-        engine.step(next(batches), 1e-4)
+        mixed = next(batches)
+        engine.step(mixed, 1e-4, mixed.batch.suffix_tokens())
         times.append(time.perf_counter() - began)
     return statistics.median(times[_WARM_STEPS:])
 
@@ -179,7 +180,7 @@ def _step_times(settings: PretrainSettings, tokenizer: Tokenizer, config: SimVLM
         mixed = mixture.batch(step)
         for impl, engine in engines.items():
             began = time.perf_counter()
-            engine.step(mixed, 1e-4)
+            engine.step(mixed, 1e-4, mixed.batch.suffix_tokens())
             times[impl].append(1e3 * (time.perf_counter() - began))
     return {f"step_{impl}_ms": round(statistics.median(many[1:]), 1) for impl, many in times.items()}
 

@@ -65,6 +65,10 @@ class Batch:
             if room < used:
                 raise ValueError(f"Batch: {name} must have at least the {used} rows of {lens}, got {room}")
 
+    def suffix_tokens(self) -> np.ndarray:
+        """int64[2]: tokens to be predicted, of each source."""
+        return np.bincount(self.sources, self.decoder_lens, minlength=len(SOURCES)).astype(np.int64)
+
     def encoder_lens(self, image_len: int) -> np.ndarray:
         """int64[B]: image tokens and text."""
         return self.has_image * image_len + self.encoder_text_lens.astype(np.int64)

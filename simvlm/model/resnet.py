@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simvlm.kernels import batch_norm_act
+from simvlm.kernels.stem import torch_op
 from simvlm.model.config import SimVLMConfig
+from simvlm.model.remat import is_recomputing, rematerialized
 from simvlm.model.transformer import INIT_STD
 
 MOMENTUM = 0.1
@@ -62,6 +64,11 @@ class BatchNorm(nn.Module):
     """Batch normalization with what may follow it: branch scale, residual sum, activation, in one kernel.
 
     Running statistics are those of torch's BatchNorm2d: the variance unbiased, the batch's share `MOMENTUM`.
+
+    Attributes:
+        frozen: normalize with the running statistics even in training.
+        group: name of a process group whose processes' pictures are one batch; "": this process's own.
+        images: float64[], how many pictures that batch has; None: those that are here.
     """
 
     running_mean: Tensor
@@ -74,7 +81,8 @@ class BatchNorm(nn.Module):
         self.bias = nn.Parameter(torch.empty(channels))
         self.register_buffer("running_mean", torch.empty(channels))
         self.register_buffer("running_var", torch.empty(channels))
-        self.frozen = False
+        self.frozen, self.group = False, ""
+        self.images: Tensor | None = None
 
     def reset_parameters(self) -> None:
         constants = (
@@ -92,25 +100,52 @@ class BatchNorm(nn.Module):
         return self.training and not self.frozen
 
     def forward(self, x: Tensor, residual: Tensor | None = None, branch_scale: Tensor | None = None) -> Tensor:
-        live = self.live
+        if self.live and self.group:
+            y, mean, var = torch_op.batch_norm_act(
+                x,
+                self.weight,
+                self.bias,
+                None,
+                None,
+                residual,
+                branch_scale,
+                EPS,
+                self.act,
+                self.impl,
+                self.group,
+            )
+            assert self.images is not None
+            self._move_statistics(mean, var, self.images * (x.shape[1] * x.shape[2]))
+            return y
         y, mean, var = batch_norm_act(
             x,
             self.weight,
             self.bias,
-            mean=None if live else self.running_mean,
-            var=None if live else self.running_var,
+            mean=None if self.live else self.running_mean,
+            var=None if self.live else self.running_var,
             residual=residual,
             branch_scale=branch_scale,
             eps=EPS,
             act=self.act,
             impl=self.impl,
         )
-        if live and x.shape[0]:  # a micro-batch without images leaves the statistics alone
-            pixels = x.shape[0] * x.shape[1] * x.shape[2]
-            with torch.no_grad():
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), MOMENTUM)
-                self.running_var.lerp_((var * (pixels / max(pixels - 1, 1))).to(self.running_var.dtype), MOMENTUM)
+        if self.live and x.shape[0]:
+            self._move_statistics(mean, var, x.shape[0] * x.shape[1] * x.shape[2])
         return y
+
+    @torch.no_grad()
+    def _move_statistics(self, mean: Tensor, var: Tensor, pixels: int | Tensor) -> None:
+        if is_recomputing():
+            return
+        momentum: float | Tensor
+        unbiased: float | Tensor
+        if isinstance(pixels, Tensor):  # a micro-batch without images leaves the statistics alone
+            momentum = (MOMENTUM * pixels.clamp(max=1)).to(self.running_mean.dtype)
+            unbiased = (pixels / (pixels - 1).clamp(min=1)).to(var.dtype)
+        else:
+            momentum, unbiased = MOMENTUM, pixels / max(pixels - 1, 1)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+        self.running_var.lerp_((var * unbiased).to(self.running_var.dtype), momentum)
 
 
 class Bottleneck(nn.Module):
@@ -127,8 +162,12 @@ class Bottleneck(nn.Module):
         if channels != outer or stride != 1:
             self.shortcut = Conv(channels, outer, 1, stride)
             self.shortcut_norm = BatchNorm(outer, impl, act="none")
+        self.remat = "none"
 
     def forward(self, x: Tensor, branch_scale: Tensor | None) -> Tensor:
+        return rematerialized(self.remat, self._forward, x, branch_scale)
+
+    def _forward(self, x: Tensor, branch_scale: Tensor | None) -> Tensor:
         residual = x
         if self.shortcut is not None and self.shortcut_norm is not None:
             residual = self.shortcut.with_norm(x, self.shortcut_norm)
@@ -172,9 +211,16 @@ class ConvStage(nn.Module):
 
     def freeze_statistics(self, frozen: bool = True) -> None:
         """Normalize with the running statistics even in training, and leave them alone."""
-        for module in self.modules():
-            if isinstance(module, BatchNorm):
-                module.frozen = frozen
+        for norm in self._norms():
+            norm.frozen = frozen
+
+    def share_statistics(self, group: str) -> None:
+        """In training BatchNorm's statistics are those of the pictures of a whole process group, named here."""
+        for norm in self._norms():
+            norm.group = group
+
+    def _norms(self) -> list[BatchNorm]:
+        return [module for module in self.modules() if isinstance(module, BatchNorm)]
 
     @property
     def num_blocks(self) -> int:
@@ -182,6 +228,12 @@ class ConvStage(nn.Module):
 
     def forward(self, images: Tensor, branch_scales: list[Tensor] | None = None) -> Tensor:
         """Features of the images; `branch_scales`: one float[Bi] per block, stochastic depth."""
+        norms = self._norms()
+        if norms and norms[0].live and norms[0].group:
+            own = torch.full((), images.shape[0], dtype=torch.float64, device=images.device)
+            count = torch_op.all_reduce(own, norms[0].group)  # one for all norms
+            for norm in norms:
+                norm.images = count
         x = (images.to(self.mean.dtype) - self.mean) / self.std
         if self.stem is not None and self.stem_norm is not None:
             x = self.stem.with_norm(x, self.stem_norm)

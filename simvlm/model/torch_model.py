@@ -18,8 +18,9 @@ from simvlm.kernels.dispatch import did_you_mean
 from simvlm.model import noise as noises
 from simvlm.model.batch import Inputs
 from simvlm.model.config import SimVLMConfig
-from simvlm.model.resnet import ConvStage
-from simvlm.model.transformer import INIT_STD, Linear, Memory, Stack
+from simvlm.model.remat import REMAT
+from simvlm.model.resnet import Bottleneck, ConvStage
+from simvlm.model.transformer import INIT_STD, Layer, Linear, Memory, Stack
 
 if TYPE_CHECKING:
     import numpy as np
@@ -95,6 +96,15 @@ class SimVLM(nn.Module):
         for table in (self.embedding, self.image_positions, self.text_positions):
             nn.init.normal_(table, std=INIT_STD)
         self.conv.set_constants()
+
+    def set_remat(self, remat: str) -> None:
+        """What backward passes compute again: "none", "layer" (layers and convolution blocks, from their inputs) or
+        "dots" (the same, but products, convolutions and attention are kept)."""
+        if remat not in REMAT:
+            raise ValueError(f"SimVLM: remat must be one of {list(REMAT)}, got {remat!r}")
+        for module in self.modules():
+            if isinstance(module, (Layer, Bottleneck)):
+                module.remat = remat
 
     @property
     def device(self) -> torch.device:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from simvlm.kernels import PrefixLayout, prefix_attention
 from simvlm.model.noise import Noise
+from simvlm.model.remat import rematerialized
 
 EPS = 1e-6
 INIT_STD = 0.02
@@ -102,6 +103,7 @@ class Layer(nn.Module):
         self.cross = CrossAttention(width, num_heads, impl) if cross else None
         self.mlp_norm = nn.LayerNorm(width, EPS)
         self.mlp = MLP(width, mlp_dim)
+        self.remat = "none"
 
     def forward(
         self,
@@ -113,6 +115,18 @@ class Layer(nn.Module):
         memory: Memory | None = None,
         noise: Noise | None = None,
         site: int = 0,
+    ) -> Tensor:
+        return rematerialized(self.remat, self._forward, x, layout, states, cross_layout, memory, noise, site)
+
+    def _forward(
+        self,
+        x: Tensor,
+        layout: PrefixLayout,
+        states: Tensor | None,
+        cross_layout: PrefixLayout | None,
+        memory: Memory | None,
+        noise: Noise | None,
+        site: int,
     ) -> Tensor:
         def branch(y: Tensor, place: int) -> Tensor:
             return y if noise is None else noise.branch(noise.dropout(y, site + place), site + SITES - 1)

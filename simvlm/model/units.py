@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from simvlm.kernels.attention.layout import PrefixLayout, bucket
-from simvlm.model.batch import Batch, Inputs
+from simvlm.model.batch import IGNORED, Batch, Inputs
 from simvlm.model.config import SimVLMConfig
 
 _LAYOUTS = ("layout", "decoder_layout", "cross_layout")
@@ -75,17 +75,21 @@ def split(batch: Batch, units: int) -> list[np.ndarray]:
     return [np.flatnonzero(owner == unit) for unit in range(units)]
 
 
-def taken(batch: Batch, rows: np.ndarray) -> Batch:
-    """The batch of some of a batch's sequences."""
+def taken(batch: Batch, rows: np.ndarray, multiple: int = 0) -> Batch:
+    """The batch of some of a batch's sequences; its packed rows padded to a multiple, unless that is 0."""
+
+    def padded(x: np.ndarray, fill: int) -> np.ndarray:
+        return _longer(x, max(-(-len(x) // multiple), 1) * multiple, fill) if multiple else x
+
     chosen = np.zeros(len(batch.sources), bool)
     chosen[rows] = True
     of_encoder, of_decoder = (np.repeat(chosen, lens) for lens in (batch.encoder_text_lens, batch.decoder_lens))
     of_sequences = ("has_image", "encoder_text_lens", "decoder_lens", "sources", "sample_ids")
     return Batch(
         images=batch.images[chosen[batch.has_image]],
-        encoder_text=batch.encoder_text[: len(of_encoder)][of_encoder],
-        decoder_inputs=batch.decoder_inputs[: len(of_decoder)][of_decoder],
-        targets=batch.targets[: len(of_decoder)][of_decoder],
+        encoder_text=padded(batch.encoder_text[: len(of_encoder)][of_encoder], 0),
+        decoder_inputs=padded(batch.decoder_inputs[: len(of_decoder)][of_decoder], 0),
+        targets=padded(batch.targets[: len(of_decoder)][of_decoder], IGNORED),
         **{name: getattr(batch, name)[chosen] for name in of_sequences},
     )
 
@@ -126,7 +130,7 @@ def _longest(layout: str, config: SimVLMConfig) -> dict[str, int]:
 def _padded(batch: Batch, config: SimVLMConfig, capacity: Capacity, stand_ins: list[np.ndarray]) -> Inputs:
     rows = {"encoder_text": capacity.encoder_rows, "decoder_inputs": capacity.decoder_rows}
     rows["targets"] = capacity.decoder_rows
-    fills = {"encoder_text": 0, "decoder_inputs": 0, "targets": -100}
+    fills = {"encoder_text": 0, "decoder_inputs": 0, "targets": IGNORED}
     filled = {}
     for name, room in rows.items():
         used = int((batch.encoder_text_lens if name == "encoder_text" else batch.decoder_lens).sum())

@@ -31,7 +31,7 @@ from simvlm.tasks.predictions import check_complete
 from simvlm.tasks.settings import EvalSettings, check_eval
 from simvlm.tasks.table import Task, task_of
 from simvlm.tasks.world_pictures import SCENES, scene_of
-from simvlm.train.torch_engine import device_of, precision_of
+from simvlm.train.torch_device import device_of, precision_of
 
 RESULT, ITEMS = "result.json", "items.jsonl"
 SAMPLES = 12

@@ -32,7 +32,7 @@ from simvlm.tasks.table import Task, task_of
 from simvlm.train.checkpoint import write_whole
 from simvlm.train.objectives import suffix_nll
 from simvlm.train.optim import adamw, learning_rate
-from simvlm.train.torch_engine import device_of, precision_of
+from simvlm.train.torch_device import device_of, precision_of
 
 CHECKPOINT, LOG, RESULT = "checkpoint", "log.jsonl", "finetune.json"
 _DEV_BATCH = 64

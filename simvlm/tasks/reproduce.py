@@ -158,7 +158,7 @@ def machine(device: str) -> dict[str, Any]:
 
     import simvlm
     from simvlm.doctor import cpu_model
-    from simvlm.train.torch_engine import device_of
+    from simvlm.train.torch_device import device_of
 
     chosen = device_of(device)
     return {

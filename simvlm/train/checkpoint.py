@@ -1,7 +1,8 @@
 """Checkpoints of a run: one folder per step, written aside and renamed when whole, the oldest removed.
 
 checkpoints/step-00001200/   model.safetensors config.json tokenizer.model   what `simvlm.load` reads
-                             optimizer.safetensors                            AdamW's moments by parameter name
+                             ema.safetensors                                  the weights' average, if there is one
+                             dcp/ or orbax/                                   the engine's whole state, in parts
                              state.json                                       the step, and what was counted so far
 """
 
@@ -12,63 +13,104 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 from simvlm.train.processes import ALONE, Processes
 
 STATE = "state.json"
+_ASIDE = ".part"
 _NAME = re.compile(r"step-(\d{8})")
 
 
-def save(
-    run: Path,
-    step: int,
-    state: dict[str, Any],
-    write: Callable[[Path], None],
-    keep: int,
-    processes: Processes = ALONE,
-) -> Path:
-    """Saves the state after `step` steps and removes all but the `keep` newest checkpoints; returns its folder.
+class Saving:
+    """A checkpoint on its way to the disk, while training goes on; renamed when every process has written its part.
 
     Args:
         run: the run's folder.
+        step: how many steps were taken.
         state: JSON, to which "step" is added.
-        write: puts the engine's own files into a folder; called by every process.
-        processes: of the run, all of which must call this; they see one file system.
+        write: starts to put the engine's own files into a folder and returns at once; called by every process. What it
+            puts there is what was when it was called.
+        keep: the newest checkpoints that stay.
+        processes: of the run, all of which must make this and call its methods together; they see one file system.
 
     Raises:
-        OSError: it could not be written, and what was written of it is removed; older ones are untouched.
+        OSError: the folder cannot be made; on every process.
     """
-    target = run / "checkpoints" / f"step-{step:08d}"
-    if target.is_dir():  # a run that stops at the step it went on from
-        return target
-    aside = target.with_name(target.name + ".part")
-    try:
-        if processes.is_first:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-        processes.barrier(f"a folder for step {step}")
-        write(aside)
-        processes.barrier(f"step {step} is written")
-        if processes.is_first:
-            (aside / STATE).write_text(json.dumps(state | {"step": step}, indent=1) + "\n")
-            for path in [*aside.rglob("*"), aside]:
-                _to_disk(path)
-            aside.replace(target)
-            _to_disk(target.parent)
-    except BaseException as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        if type(error).__name__ == "SafetensorError":  # its only word for a disk that is full
-            raise OSError(f"cannot write {target} ({error})") from error
-        raise
-    processes.barrier(f"step {step} is in place")
-    if not processes.is_first:
-        return target
-    for _, old in _all(run)[:-keep]:
-        # Under another name first: half a folder must not pass for a checkpoint.
-        shutil.rmtree(old.replace(old.with_name(old.name + ".old")), ignore_errors=True)
-    return target
+
+    def __init__(
+        self,
+        run: Path,
+        step: int,
+        state: dict[str, Any],
+        write: Callable[[Path], Future[None]],
+        keep: int,
+        processes: Processes = ALONE,
+    ) -> None:
+        self.run, self.step, self.keep, self.processes = run, step, keep, processes
+        self.state = state | {"step": step}
+        self.target = run / "checkpoints" / f"step-{step:08d}"
+        self._aside = self.target.with_name(self.target.name + _ASIDE)
+        self._written: Future[None] = Future()
+        self._in_place = self.target.is_dir()
+        if self._in_place:  # a run that stops at the step it went on from
+            self._written.set_result(None)
+            return
+        self._together(self._make_folder)
+        try:
+            self._written = write(self._aside)
+        except Exception as error:
+            self._written.set_exception(error)
+
+    @property
+    def is_written(self) -> bool:
+        """This process has written its part, or failed to."""
+        return self._written.done()
+
+    def finish(self) -> Path:
+        """Waits for the rest, puts the checkpoint into its place and removes old ones; returns its folder.
+
+        Raises:
+            OSError: on every process, if one could not write; what was written is removed, older ones are untouched.
+        """
+        self._together(self._written.result)
+        if not self._in_place:
+            self._together(self._publish)
+            self._in_place = True
+        return self.target
+
+    def _make_folder(self) -> None:
+        if self.processes.is_first:
+            for left in self.target.parent.glob(f"step-*{_ASIDE}"):  # of a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            self._aside.mkdir(parents=True)
+
+    def _publish(self) -> None:
+        if not self.processes.is_first:
+            return
+        (self._aside / STATE).write_text(json.dumps(self.state, indent=1) + "\n")
+        for path in [*self._aside.rglob("*"), self._aside]:
+            _to_disk(path)
+        self._aside.replace(self.target)
+        _to_disk(self.target.parent)
+        for _, old in _all(self.run)[: -self.keep]:
+            # Under another name first: half a folder must not pass for a checkpoint.
+            shutil.rmtree(old.replace(old.with_name(old.name + ".old")), ignore_errors=True)
+
+    def _together(self, part: Callable[[], None]) -> None:
+        """part() on every process; an error on every process if it failed on one."""
+        said = ""
+        try:
+            part()
+        except Exception as error:  # writers raise what they like for a full disk
+            said = " ".join(str(error).split()) or type(error).__name__
+        failures = [f"process {i}: {each}" for i, each in enumerate(self.processes.share_text(said)) if each]
+        if failures:
+            if self.processes.is_first:
+                shutil.rmtree(self._aside, ignore_errors=True)
+            raise OSError(f"cannot write {self.target} ({'; '.join(failures) if self.processes.count > 1 else said})")
 
 
 def newest(run: Path) -> tuple[int, Path] | None:
@@ -78,7 +120,7 @@ def newest(run: Path) -> tuple[int, Path] | None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What `save` was given."""
+    """What `Saving` was given."""
     return json.loads((folder / STATE).read_text())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from simvlm.data.mixture import Mixed, capacity_step
+from simvlm.data.mixture import Mixed
 from simvlm.data.tokenizer import Tokenizer
 from simvlm.kernels import OPS
 from simvlm.kernels.dispatch import did_you_mean
@@ -26,12 +27,13 @@ from simvlm.model.config import SimVLMConfig
 from simvlm.model.folder import METADATA, WEIGHTS
 from simvlm.model.jax_transformer import AXES, UNITS, Execution
 from simvlm.model.jax_weights import canonical, canonical_shapes, from_canonical
-from simvlm.train.jax_step import Sums, TrainStep, tokens_of
+from simvlm.train.jax_step import Sums, TrainStep
 from simvlm.train.processes import ALONE, Processes
 from simvlm.train.settings import JaxSettings, Precision, PretrainSettings
-from simvlm.train.step import Diverged, StepLoss
+from simvlm.train.step import Diverged, StepLoss, row_multiple
+from simvlm.train.tpu_chips import GENERATIONS
 
-_STATE = "state"  # Orbax's folder
+_STATE = "orbax"
 
 
 class JaxEngine:
@@ -50,24 +52,29 @@ class JaxEngine:
         devices = _devices(settings.device)
         self.device = devices[0].platform
         self.precision = _precision(settings.precision, self.device)
+        self.peak_flops = _peak_flops(devices)
         mesh = mesh_of(settings.jax, devices, config)
         self.processes = _processes()
-        self._accumulate = settings.jax.accumulate
+        self._accumulate = settings.accumulate
         self._units = math.prod(mesh.shape[axis] for axis in UNITS)
         _check_batch(settings, self._units, self.processes.count)
         execution = Execution(
             impl=_impl(settings.impl),
             dtype=jnp.dtype(self.precision),
             mesh=mesh,
-            remat=settings.jax.remat,
+            remat=settings.remat,
         )
         self.step_of = TrainStep(config, execution, settings.optimizer, settings.loss_weights)
         self.config, self._weights = config, np.array(settings.loss_weights)
         self.state = self.step_of.initial(settings.seed)
-        self._multiple = row_multiple(settings, config, self._units * self._accumulate)
+        self._multiple = row_multiple(settings, config.max_text_len, self._units * self._accumulate)
 
-    def step(self, mixed: Mixed, lr: float) -> StepLoss:
+    def step(self, mixed: Mixed, lr: float, tokens: np.ndarray) -> StepLoss:
         """One step of the optimizer.
+
+        Args:
+            mixed: this process's part of the batch.
+            tokens: int[2], suffix tokens of each source in all parts.
 
         Raises:
             Diverged: loss or gradient is not finite; model and optimizer are as they were before.
@@ -75,19 +82,17 @@ class JaxEngine:
         local = self._units // self.processes.count * self._accumulate
         rows = units.split(mixed.batch, local)
         inputs = self._inputs([units.taken(mixed.batch, own) for own in rows])
-        tokens = np.asarray(multihost_utils.process_allgather(tokens_of(inputs))).reshape(-1, 2).sum(0)
         on_mesh = jax.tree.map(self._on_mesh, inputs)
         denominator = float(self._weights @ tokens) or 1.0
         self.state, sums = self.step_of.jitted(self.state, on_mesh, np.float32(lr), np.float32(denominator))
-        return self._checked(sums, mixed.batch, rows, tokens)
+        return self._checked(sums, mixed.batch, rows)
 
     def _inputs(self, batches: list[Batch]) -> Inputs:
         """Of this process's units: [accumulate, local units, …], in numpy."""
         capacity = units.Capacity.of(batches, self._multiple)
         if self.processes.count > 1:
             fields = ("sequences", "images", "encoder_rows", "decoder_rows")
-            own = np.array([getattr(capacity, name) for name in fields])
-            most = np.asarray(multihost_utils.process_allgather(own)).reshape(-1, len(fields)).max(0)
+            most = self.processes.share(np.array([getattr(capacity, name) for name in fields])).max(0)
             capacity = units.Capacity(**dict(zip(fields, map(int, most), strict=True)))
         joined = units.stacked(batches, self.config, capacity)
         local = len(batches) // self._accumulate  # not -1: without pictures their array has no size
@@ -97,10 +102,10 @@ class JaxEngine:
         shape = (local.shape[0], self._units, *local.shape[2:])
         return jax.make_array_from_process_local_data(self.step_of.of_inputs, local, shape)
 
-    def _checked(self, sums: Sums, batch: Batch, rows: list[np.ndarray], tokens: np.ndarray) -> StepLoss:
+    def _checked(self, sums: Sums, batch: Batch, rows: list[np.ndarray]) -> StepLoss:
         nll, norm = np.asarray(sums.nll, np.float64), float(sums.grad_norm)
         if math.isfinite(nll.sum() + norm):
-            return StepLoss(nll=nll, tokens=tokens, grad_norm=norm)
+            return StepLoss(nll=nll, grad_norm=norm)
         # Which of this process's sequences; the units' rows are every process's.
         first = self.processes.index * (self._units // self.processes.count)
         own = np.asarray(sums.row_nll)[:, first:][:, : self._units // self.processes.count]
@@ -110,8 +115,22 @@ class JaxEngine:
             bad.update(owners[~np.isfinite(of_unit[: len(owners)])].tolist())
         raise Diverged(float(nll.sum()) if math.isfinite(norm) else norm, sorted(bad))
 
-    def save(self, folder: Path, tokenizer: Tokenizer) -> None:
+    def peak_memory(self) -> int:
+        """Bytes of the fullest of this process's devices that were in use at once; 0 where nobody counts."""
+        found = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
+        return max(found)
+
+    def close(self) -> None:
+        """Nothing is held that the process's end does not free."""
+
+    def save(self, folder: Path, tokenizer: Tokenizer) -> Future[None]:
         """Puts model, tokenizer and the whole state into a folder that every process sees."""
+        written: Future[None] = Future()
+        self._save(folder, tokenizer)
+        written.set_result(None)
+        return written
+
+    def _save(self, folder: Path, tokenizer: Tokenizer) -> None:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save((folder / _STATE).absolute(), _pure(self.state))
         of_model = {"params": self.state["params"], "statistics": self.state["statistics"]}
@@ -180,10 +199,12 @@ def _processes() -> Processes:
     if jax.process_count() == 1:
         return ALONE
 
-    def agree(flag: bool) -> bool:
-        return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+    def share(values: np.ndarray) -> np.ndarray:
+        # As pairs of 32 bits: jax would cut 64 down to them.
+        halves = np.ascontiguousarray(values, np.int64).view(np.int32)
+        return np.ascontiguousarray(multihost_utils.process_allgather(halves)).view(np.int64)
 
-    return Processes(jax.process_index(), jax.process_count(), multihost_utils.sync_global_devices, agree)
+    return Processes(jax.process_index(), jax.process_count(), share)
 
 
 def _pure(state: Any) -> Any:
@@ -213,14 +234,8 @@ def mesh_of(settings: JaxSettings, devices: list[Any], config: SimVLMConfig) -> 
     return Mesh(np.array(devices[:size]).reshape(*shape.values()), AXES)
 
 
-def row_multiple(settings: PretrainSettings, config: SimVLMConfig, parts: int) -> int:
-    """Steps of a unit's row capacity, so that few sizes occur."""
-    samples = settings.data.pairs_per_step + settings.data.documents_per_step
-    return capacity_step(-(-samples // parts) * config.max_text_len)
-
-
 def _check_batch(settings: PretrainSettings, count: int, processes: int) -> None:
-    parts = count * settings.jax.accumulate
+    parts = count * settings.accumulate
     if count % processes:
         raise ValueError(f"jax.mesh: data · fsdp must be a multiple of the {processes} processes, got {count}")
     for name in ("pairs_per_step", "documents_per_step"):
@@ -237,6 +252,13 @@ def _devices(name: str) -> list[Any]:
         return jax.devices() if name == "auto" else jax.devices(name)
     except RuntimeError as error:
         raise ValueError(f"device must be one of jax's, got {name!r} ({str(error).splitlines()[0]})") from None
+
+
+def _peak_flops(devices: list[Any]) -> float | None:
+    """Of all devices, a second; None where it is not known."""
+    kind = getattr(devices[0], "device_kind", "").lower().replace("tpu ", "").replace(" lite", "e")
+    found = GENERATIONS.get(kind)
+    return None if found is None else found.bf16_flops * len(devices)
 
 
 def _precision(name: Precision, platform: str) -> Precision:

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
@@ -209,9 +208,3 @@ def _decays(path: tuple[Any, ...]) -> bool:
     """Only the weights of products and convolutions, and the embedding; see optim.py."""
     name, holder = str(path[-1]), str(path[-2]) if len(path) > 1 else ""
     return name == "embedding" or (name == "weight" and "norm" not in holder)
-
-
-def tokens_of(inputs: Inputs) -> np.ndarray:
-    """int[2]: suffix tokens of each source, of inputs in numpy."""
-    real = inputs.targets != IGNORED
-    return np.array([(real & (inputs.sources == source)).sum() for source in range(len(SOURCES))])

@@ -1,20 +1,24 @@
 """The training loop: data in, steps of an engine, what is logged and kept. Knows no framework.
 
 A run's folder holds `run.yaml` (its settings), `log.jsonl` (a line every `log_every` steps), `skipped.jsonl` (samples
-that were left out), `tensorboard/` and `checkpoints/`. A batch is a function of its step, so the state of the data is
-the step; a run that was killed goes on with the same samples and the same bits.
+that were left out), `held_out.jsonl`, `tensorboard/` and `checkpoints/`. A batch is a function of its step, so the
+state of the data is the step; a run that was killed goes on with the same samples and the same bits.
+
+All processes of a run take the same way through this file: what one of them knows (no data, a signal, a full disk) it
+tells the others once a step, before the step, and all act on it together. None waits for one that has given up.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
+import resource
 import signal
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,26 +26,35 @@ import numpy as np
 
 from simvlm.data.mixture import Mixed, Mixture
 from simvlm.data.tokenizer import Tokenizer
-from simvlm.model.batch import IMAGE_TEXT, SOURCES
+from simvlm.model.config import SimVLMConfig
 from simvlm.train import checkpoint, progress
+from simvlm.train.held_out import HeldOut
 from simvlm.train.optim import learning_rate
-from simvlm.train.processes import Processes
+from simvlm.train.processes import Processes, ProcessLost
 from simvlm.train.settings import PretrainSettings
 from simvlm.train.step import Diverged, StepLoss
+from simvlm.train.watchdog import Watchdog
+from simvlm.train.window import Told, Window
 
-LOG, SKIPPED = "log.jsonl", "skipped.jsonl"
+LOG, SKIPPED, HELD_OUT = "log.jsonl", "skipped.jsonl", "held_out.jsonl"
 _ENOUGH_SAMPLES = 1000
 """before the share of broken ones means anything"""
 
 
 class Engine(Protocol):
-    """One framework's model and optimizer."""
+    """One framework's model and optimizer, on this process's devices.
+
+    `save` starts to write a folder and returns at once. `held_out` and `usable_model` are wanted only of an engine
+    whose settings name held-out shards.
+    """
 
     processes: Processes
+    peak_flops: float | None
 
-    def step(self, mixed: Mixed, lr: float) -> StepLoss: ...
-    def save(self, folder: Path, tokenizer: Tokenizer) -> None: ...
+    def step(self, mixed: Mixed, lr: float, tokens: np.ndarray) -> StepLoss: ...
+    def save(self, folder: Path, tokenizer: Tokenizer) -> Future[None]: ...
     def load(self, folder: Path) -> None: ...
+    def peak_memory(self) -> int: ...
 
 
 class Interrupted(KeyboardInterrupt):
@@ -55,18 +68,28 @@ class Run:
         engine: fresh; it is given the state of the run's newest checkpoint, if there is one.
         mixture: of the data.
         settings: of the run.
-        image_len: tokens of one image, for the count of tokens per second.
+        config: of the model.
+        held_out: what is looked at every `settings.held_out.every` steps.
 
     Raises:
         ValueError: the newest checkpoint is of another model, tokenizer or data; nothing was written.
     """
 
-    def __init__(self, engine: Engine, mixture: Mixture, settings: PretrainSettings, *, image_len: int) -> None:
-        self.engine, self.mixture, self.settings, self.image_len = engine, mixture, settings, image_len
+    def __init__(
+        self,
+        engine: Engine,
+        mixture: Mixture,
+        settings: PretrainSettings,
+        config: SimVLMConfig,
+        held_out: HeldOut | None = None,
+    ) -> None:
+        self.engine, self.mixture, self.settings, self.config = engine, mixture, settings, config
+        self.held_out, self.processes = held_out, engine.processes
         self.folder = Path(settings.out)
         self.step = 0
         self.samples = 0
         self.skipped: Counter[str] = Counter()
+        self._saving: checkpoint.Saving | None = None
         if (found := checkpoint.newest(self.folder)) is not None:
             self._resume(found[1])
 
@@ -95,75 +118,168 @@ class Run:
 
         Raises:
             Interrupted: SIGINT or SIGTERM came; the run has saved itself.
+            ProcessLost: another process is gone.
             ValueError: a loss is not finite, or too many samples are broken; the state before is saved.
             OSError: the last checkpoint could not be written, or the data not read.
         """
-        if self.engine.processes.is_first:
-            for name in (LOG, SKIPPED):  # what comes after the checkpoint will be written again
-                _keep_until(self.folder / name, self.step)
-        with _stop_signals() as stop, self._display() as display:
-            try:
-                return self._steps(stop, display)
-            except (OSError, ValueError):
-                self._try_to_save(display)
-                raise
-
-    def _display(self) -> progress.Display:
-        quiet = not self.engine.processes.is_first
-        return progress.Display(self.folder, self.settings.steps, self.step, quiet=quiet)
-
-    def _steps(self, stop: list[int], display: progress.Display) -> Path:
         settings = self.settings
-        window = _Window(self.image_len, self.engine.processes.count)
+        if self.processes.is_first:
+            for name in (LOG, SKIPPED, HELD_OUT):  # what comes after the checkpoint will be written again
+                _keep_until(self.folder / name, self.step)
         batches = self.mixture.iterate(self.step, settings.steps)
+        doing = getattr(batches, "doing", list)
+        display = progress.Display(self.folder, settings.steps, self.step, quiet=not self.processes.is_first)
+        with (
+            contextlib.closing(batches) if hasattr(batches, "close") else contextlib.nullcontext(),
+            _stop_signals() as stop,
+            display,
+            Watchdog(settings.stall_s, display.say, doing) as watchdog,
+        ):
+            return self._steps(batches, stop, display, watchdog)
+
+    def _steps(self, batches: Iterator[Mixed], stop: list[int], display: progress.Display, watchdog: Watchdog) -> Path:
+        settings = self.settings
+        window = Window(self.engine.peak_flops)
         while self.step < settings.steps:
-            mixed = window.waiting_for(batches)
+            watchdog.now("data")
+            began = time.perf_counter()
+            mixed, told = self._next(batches, bool(stop), display)
+            window.waited += time.perf_counter() - began
+            watchdog.now("the device, or another process's")
             lr = learning_rate(self.step, settings.steps, settings.optimizer)
             try:
-                window.add(mixed, self.engine.step(mixed, lr))
+                loss = self.engine.step(mixed, lr, told.tokens)
             except Diverged as diverged:
                 raise self._divergence(mixed, diverged, display) from None
+            window.add(told, loss)
             self.step += 1
-            self._note_skipped(mixed, display)
+            self._note_skipped(mixed, told, display)
             if self.step % settings.log_every == 0 or self.step == settings.steps:
-                entry = {"step": self.step, "lr": lr, **window.summary(), "skipped": sum(self.skipped.values())}
-                self._append(LOG, [entry], display)
-                display.show(entry)
-                window = _Window(self.image_len, self.engine.processes.count)
+                self._log(lr, window, display)
+                window = Window(self.engine.peak_flops)
+            if self._saving is not None and told.written == self.processes.count:
+                self._finish_saving(display)
             if self.step == settings.steps:
                 break
-            if self.engine.processes.agree(bool(stop)):
+            watchdog.now("a checkpoint, or held-out samples")
+            if told.stops or (stop and self.processes.count == 1):  # others hear of a signal before the next step
                 self.save()
                 raise Interrupted(
                     f"stopped after step {self.step}, saved; `simvlm pretrain --resume {self.folder}` goes on"
                 )
             if self.step % settings.checkpoint_every == 0:
-                self._try_to_save(display)
+                self._start_saving(display)
+            if self.held_out is not None and self.step % settings.held_out.every == 0:
+                self._look_at_held_out(display)
+        if self.held_out is not None:
+            self._look_at_held_out(display)
         return self.save()
 
+    def _next(self, batches: Iterator[Mixed], stops: bool, display: progress.Display) -> tuple[Mixed, Told]:
+        """This process's part of the next batch, and what all processes tell of theirs."""
+        mixed, said = None, ""
+        try:
+            mixed = next(batches)
+        except (OSError, ValueError, RuntimeError) as error:
+            said = str(error) or type(error).__name__
+        written = self._saving is not None and self._saving.is_written
+        own = Told(failed=1) if mixed is None else Told.of(mixed, self.config, stops=stops, written=written)
+        told = Told(*self.processes.share(np.array(own)).sum(0).tolist())
+        if told.failed:
+            texts = self.processes.share_text(said)
+            kept = self._try_to_save(display)
+            raise OSError(
+                f"step {self.step + 1}: no data: {_by_process(texts)}; the run stopped before it "
+                f"(checkpoint: {kept or 'none'})"
+            )
+        assert mixed is not None
+        return mixed, told
+
     def save(self) -> Path:
+        """Writes a checkpoint and waits for it; returns its folder.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        self._wait_for_saving()
+        return self._new_saving().finish()
+
+    def _new_saving(self) -> checkpoint.Saving:
         state = {"samples": self.samples, "skipped": dict(self.skipped), **self._what_must_stay()}
-        return checkpoint.save(
+        return checkpoint.Saving(
             self.folder,
             self.step,
             state,
             lambda folder: self.engine.save(folder, self.mixture.tokenizer),
             self.settings.keep,
-            self.engine.processes,
+            self.processes,
         )
 
-    def _try_to_save(self, display: progress.Display) -> Path | None:
+    def _start_saving(self, display: progress.Display) -> None:
+        self._finish_saving(display)
+        try:
+            self._saving = self._new_saving()
+        except OSError as error:
+            self._tell_of_no_checkpoint(self.step, error, display)
+            return
+        if self.processes.share(np.array([self._saving.is_written])).all():  # an engine that writes at once
+            self._finish_saving(display)
+
+    def _finish_saving(self, display: progress.Display) -> None:
         """Where a full disk must not end what goes on: it may be emptied before the next try."""
+        saving, self._saving = self._saving, None
+        if saving is None:
+            return
+        try:
+            saving.finish()
+        except OSError as error:
+            self._tell_of_no_checkpoint(saving.step, error, display)
+
+    def _wait_for_saving(self) -> None:
+        """The next one stands for it, whatever became of it."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            with contextlib.suppress(OSError):
+                saving.finish()
+
+    def _try_to_save(self, display: progress.Display) -> Path | None:
         if self.step == 0:
             return None
         try:
             return self.save()
         except OSError as error:
-            display.say(f"step {self.step}: no checkpoint written: {error}")
+            self._tell_of_no_checkpoint(self.step, error, display)
             return None
 
+    def _tell_of_no_checkpoint(self, step: int, error: OSError, display: progress.Display) -> None:
+        if isinstance(error, ProcessLost):
+            raise error
+        if self.processes.is_first:
+            display.say(f"step {step}: no checkpoint written: {error}")
+
+    def _log(self, lr: float, window: Window, display: progress.Display) -> None:
+        memory = self.engine.peak_memory() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        entry = {
+            "step": self.step,
+            "lr": lr,
+            **window.summary(),
+            "memory_gib": memory / 2**30,
+            "skipped": sum(self.skipped.values()),
+            **{f"skipped_{kind.replace(' ', '_')}": count for kind, count in sorted(self.skipped.items())},
+        }
+        self._append(LOG, [entry], display)
+        display.show(entry)
+
+    def _look_at_held_out(self, display: progress.Display) -> None:
+        assert self.held_out is not None
+        entry = {"step": self.step, **self.held_out.loss(self.engine)}
+        captions = self.held_out.captions(self.engine)
+        written = [{"text": caption.text, "reference": caption.reference} for caption in captions]
+        self._append(HELD_OUT, [entry | {"captions": written}], display)
+        display.show_held_out(entry, captions)
+
     def _append(self, name: str, lines: Sequence[dict[str, Any]], display: progress.Display) -> None:
-        if not self.engine.processes.is_first:
+        if not self.processes.is_first:
             return
         try:
             with open(self.folder / name, "a") as file:
@@ -171,16 +287,18 @@ class Run:
         except OSError as error:
             display.say(f"step {self.step}: {name} not written: {error}")
 
-    def _note_skipped(self, mixed: Mixed, display: progress.Display) -> None:
-        self.samples += (len(mixed.batch.sources) + len(mixed.skipped)) * self.engine.processes.count
-        if not mixed.skipped:
+    def _note_skipped(self, mixed: Mixed, told: Told, display: progress.Display) -> None:
+        self.samples += told.samples + told.skipped
+        if not told.skipped:
             return
-        self.skipped.update(sample.kind for sample in mixed.skipped)
-        lines = [{"step": self.step, **dataclasses.asdict(sample)} for sample in mixed.skipped]
-        self._append(SKIPPED, lines, display)
+        own = json.dumps([dataclasses.asdict(sample) for sample in mixed.skipped])
+        lines = [sample for text in self.processes.share_text(own) for sample in json.loads(text)]
+        self.skipped.update(line["kind"] for line in lines)
+        self._append(SKIPPED, [{"step": self.step, **line} for line in lines], display)
         count, share = sum(self.skipped.values()), self.settings.data.max_skipped_share
         if self.samples >= _ENOUGH_SAMPLES and count > share * self.samples:
             kinds = ", ".join(f"{kind} {many}" for kind, many in self.skipped.most_common())
+            self._try_to_save(display)
             raise ValueError(
                 f"{count} of {self.samples} samples are broken ({kinds}), more than data.max_skipped_share {share}; "
                 f"they are listed in {self.folder / SKIPPED}"
@@ -189,9 +307,9 @@ class Run:
     def _divergence(self, mixed: Mixed, diverged: Diverged, display: progress.Display) -> ValueError:
         """The error of a step that was not taken; what was reached before it is saved."""
         batch = mixed.batch
-        rows = diverged.rows or range(len(batch.sources))
-        names = [self.mixture.where(int(batch.sources[row]), int(batch.sample_ids[row])) for row in rows]
-        shown = ", ".join(f"{key} of {shard}" for shard, key in names[:8])
+        own = [self.mixture.where(int(batch.sources[row]), int(batch.sample_ids[row])) for row in diverged.rows]
+        names = [name for text in self.processes.share_text(json.dumps(own)) for name in json.loads(text)]
+        shown = ", ".join(f"{key} of {shard}" for shard, key in names[:8]) or f"{batch.sample_ids[:8].tolist()}, …"
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""
         kept = self._try_to_save(display)
         return ValueError(
@@ -200,54 +318,10 @@ class Run:
         )
 
 
-class _Window:
-    """What is summed up between two lines of the log."""
-
-    def __init__(self, image_len: int, processes: int) -> None:
-        self.image_len, self.processes = image_len, processes
-        self.began = time.perf_counter()
-        self.waited = 0.0
-        self.nll, self.suffix_tokens = np.zeros(2), np.zeros(2, np.int64)
-        self.samples = self.tokens = self.steps = 0
-        self.grad_norm = 0.0
-        self.ids = hashlib.sha256()
-
-    def waiting_for(self, batches: Iterator[Mixed]) -> Mixed:
-        began = time.perf_counter()
-        mixed = next(batches)
-        self.waited += time.perf_counter() - began
-        return mixed
-
-    def add(self, mixed: Mixed, loss: StepLoss) -> None:
-        batch = mixed.batch
-        self.nll += loss.nll
-        self.suffix_tokens += loss.tokens
-        self.grad_norm += loss.grad_norm
-        self.steps += 1
-        self.samples += len(batch.sources) * self.processes  # all have equal parts, but for what was skipped
-        self.tokens += self.processes * int(batch.encoder_lens(self.image_len).sum() + batch.decoder_lens.sum())
-        self.ids.update(batch.sources.tobytes() + batch.sample_ids.tobytes())
-
-    def summary(self) -> dict[str, Any]:
-        """Losses per suffix token, in nats; rates per second."""
-        seconds = time.perf_counter() - self.began
-        total = max(int(self.suffix_tokens.sum()), 1)
-        losses = self.nll / np.maximum(self.suffix_tokens, 1)
-        return {
-            "loss": float(self.nll.sum() / total),
-            **{
-                f"loss_{name}": float(loss)
-                for name, loss, tokens in zip(SOURCES, losses, self.suffix_tokens, strict=True)
-                if tokens
-            },
-            "image_text_token_share": float(self.suffix_tokens[IMAGE_TEXT] / total),
-            "grad_norm": self.grad_norm / self.steps,
-            "step_s": seconds / self.steps,
-            "samples_per_s": self.samples / seconds,
-            "tokens_per_s": self.tokens / seconds,
-            "data_wait_share": self.waited / seconds,
-            "sample_ids_sha256": self.ids.hexdigest()[:16],
-        }
+def _by_process(texts: Sequence[str]) -> str:
+    if len(texts) == 1:
+        return texts[0]
+    return "; ".join(f"process {i}: {text}" for i, text in enumerate(texts) if text)
 
 
 @contextlib.contextmanager

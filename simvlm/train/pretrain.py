@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import json
 import sys
@@ -12,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from simvlm.data import spans
-from simvlm.data.mixture import Mixture, capacity_step
+from simvlm.data.mixture import Mixture
 from simvlm.data.shards import ImageTextShards
 from simvlm.data.text import TextShards
 from simvlm.data.tokenizer import Tokenizer
 from simvlm.model.config import VARIANTS, SimVLMConfig, as_decoder_only, variant, with_conv_stages
 from simvlm.train import checkpoint, loop
 from simvlm.train import settings as run_settings
-from simvlm.train.processes import ALONE, Processes
+from simvlm.train.held_out import HeldOut
+from simvlm.train.processes import ALONE, Processes, ProcessLost
 from simvlm.train.settings import PretrainSettings
+from simvlm.train.step import row_multiple
 
 _DESCRIPTION = """Pretraining: PrefixLM, or the objectives and architectures that it is compared with.
 
@@ -49,19 +52,37 @@ def pretrain(settings: PretrainSettings, *, resume: bool = False) -> Path:
     tokenizer = Tokenizer(settings.data.tokenizer)
     config = model_config(settings, tokenizer.vocab_size)
     engine = engine_of(settings, config)
-    mixture = mixture_of(settings, tokenizer, config, engine.processes)
+    try:
+        last = _run(settings, tokenizer, config, engine).all_steps()
+    except ProcessLost:
+        raise  # nobody is left to say goodbye to
+    except BaseException:
+        engine.close()
+        raise
+    engine.close()
+    return last
+
+
+def _run(settings: PretrainSettings, tokenizer: Tokenizer, config: SimVLMConfig, engine: Any) -> loop.Run:
+    """The run with its data, from its newest checkpoint; its settings are written."""
+    processes = engine.processes
+    say = functools.partial(print, file=sys.stderr) if processes.is_first else lambda text: None
+    mixture = mixture_of(settings, tokenizer, config, processes)
     for shards in (mixture.pairs, mixture.documents):
         for shard in [] if shards is None else shards.cut:
-            print(f"{shard} is cut short; what is whole in it is used", file=sys.stderr)
+            say(f"{shard} is cut short; what is whole in it is used")
     if settings.data.fraction < 1 and mixture.pairs is not None:
-        used, all_pairs = mixture.num_pairs, len(mixture.pairs)
-        print(f"data.fraction {settings.data.fraction}: {used} of the {all_pairs} pairs are used", file=sys.stderr)
+        say(f"data.fraction {settings.data.fraction}: {mixture.num_pairs} of the {len(mixture.pairs)} pairs are used")
     settings = dataclasses.replace(settings, device=str(engine.device), precision=engine.precision)
-    run = loop.Run(engine, mixture, settings, image_len=config.image_len)
-    folder.mkdir(parents=True, exist_ok=True)
-    if engine.processes.is_first:
-        run_settings.save(settings, folder)  # after all that may refuse: a run that stands must not be spoilt
-    return run.all_steps()
+    held_out = None
+    if settings.held_out.pairs or settings.held_out.documents:
+        held_out = HeldOut(settings, config, tokenizer, processes)
+    run = loop.Run(engine, mixture, settings, config, held_out)
+    if processes.is_first:
+        Path(settings.out).mkdir(parents=True, exist_ok=True)
+        # After all that may refuse: a run that stands must not be spoilt.
+        run_settings.save(settings, Path(settings.out))
+    return run
 
 
 def engine_of(settings: PretrainSettings, config: SimVLMConfig) -> Any:
@@ -137,7 +158,7 @@ def mixture_of(
         documents_per_step=chosen.documents_per_step,
         image_size=config.image_size,
         max_text_len=config.max_text_len,
-        row_multiple=capacity_step((chosen.pairs_per_step + chosen.documents_per_step) * config.max_text_len),
+        row_multiple=row_multiple(settings, config.max_text_len, processes.count),
         seed=settings.seed,
         part=(processes.index, processes.count),
         objective=settings.objective,

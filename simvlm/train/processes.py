@@ -1,9 +1,15 @@
-"""The processes of one run: which of them this is, and how they wait for each other. Knows no framework."""
+"""The processes of one run: which of them this is, and what they tell each other. Knows no framework."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+
+import numpy as np
+
+
+class ProcessLost(OSError):
+    """Another process of the run ended or does not answer; nothing can be agreed on any more."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -11,19 +17,35 @@ class Processes:
     """
     Attributes:
         index, count: this process, of how many.
-        barrier: returns when every process has called it with the same name.
-        agree: whether any process's flag is set; every process calls it.
+        share: int64[n] of this process → int64[count, n] of all; every process calls it with the same n.
+
+    Raises:
+        ProcessLost: by every method, when another process is gone.
     """
 
     index: int = 0
     count: int = 1
-    barrier: Callable[[str], None] = lambda name: None
-    agree: Callable[[bool], bool] = lambda flag: flag
+    share: Callable[[np.ndarray], np.ndarray] = lambda values: values[None]
 
     @property
     def is_first(self) -> bool:
         """This one writes what is written once."""
         return self.index == 0
+
+    def barrier(self) -> None:
+        """Returns when every process has called it."""
+        self.share(np.zeros(1, np.int64))
+
+    def share_text(self, text: str) -> list[str]:
+        """The text of every process."""
+        if self.count == 1:
+            return [text]
+        own = np.frombuffer(text.encode(), np.uint8)
+        lens = self.share(np.array([len(own)]))[:, 0]
+        room = np.zeros(-(-int(lens.max()) // 8) * 8, np.uint8)
+        room[: len(own)] = own
+        texts = self.share(room.view(np.int64))
+        return [bytes(row.view(np.uint8)[:size]).decode() for row, size in zip(texts, lens, strict=True)]
 
 
 ALONE = Processes()

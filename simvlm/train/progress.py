@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from simvlm.train.held_out import Caption
+
 _SECONDS_BETWEEN_LINES = 15.0
-_NOT_CURVES = ("step", "sample_ids_sha256")
+_NOT_CURVES = ("step", "sample_ids_hash")
 
 
 class Display:
@@ -63,12 +66,7 @@ class Display:
         """One line of the log."""
         if self._curves is None:
             return
-        try:
-            for name, value in entry.items():
-                if name not in _NOT_CURVES:
-                    self._curves.add_scalar(name, value, entry["step"])
-        except OSError as error:
-            self.say(f"step {entry['step']}: tensorboard not written: {error}")
+        self._add_curves(entry)
         text = (
             f"loss {entry['loss']:.3f}  {entry['samples_per_s']:.0f} samples/s  {entry['tokens_per_s']:.0f} tokens/s  "
             f"waiting for data {entry['data_wait_share']:.0%}"
@@ -81,6 +79,28 @@ class Display:
             self._last_line = now
             left = (now - self._began) / (step - self._first_step) * (self._steps - step)
             self._console.print(f"step {step} of {self._steps}  {text}  left {left / 60:.1f} min", soft_wrap=True)
+
+    def show_held_out(self, entry: dict[str, Any], captions: Sequence[Caption]) -> None:
+        """One line of held_out.jsonl, and what was written of its pictures."""
+        if self._curves is None:
+            return
+        self._add_curves(entry)
+        for i, caption in enumerate(captions):
+            with contextlib.suppress(OSError):
+                self._curves.add_image(f"captions/{i}", caption.picture, entry["step"], dataformats="HWC")
+                self._curves.add_text(f"captions/{i}", f"{caption.text}\n\n({caption.reference})", entry["step"])
+        losses = "  ".join(f"{name} {value:.3f}" for name, value in entry.items() if name != "step")
+        self.say(f"step {entry['step']}: {losses}")
+        for caption in captions:
+            self.say(f"  {caption.text!r} ({caption.reference!r})")
+
+    def _add_curves(self, entry: dict[str, Any]) -> None:
+        try:
+            for name, value in entry.items():
+                if name not in _NOT_CURVES:
+                    self._curves.add_scalar(name, value, entry["step"])
+        except OSError as error:
+            self.say(f"step {entry['step']}: tensorboard not written: {error}")
 
     def say(self, text: str) -> None:
         """A message that stays."""

@@ -60,14 +60,38 @@ class JaxSettings:
 
     mesh: tuple[int, int, int] = (0, 1, 1)
     """devices along data, fsdp and tensor; data 0: all that are left"""
-    remat: Remat = "none"
-    """what the backward pass computes again: nothing, each layer from its input, or all but matrix products (dots)"""
-    accumulate: int = 1
-    """micro-batches of every step, whose gradients are added up; BatchNorm's statistics are of each"""
     coordinator: str = ""
     """host:port of process 0, in runs of several processes; "auto" where a cluster's environment tells"""
     process: tuple[int, int] = (0, 1)
     """this process, and how many there are"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TorchSettings:
+    """Of `engine: torch` alone; its processes are those of torchrun."""
+
+    replicas: int = 1
+    """copies of the model, each cut over processes / replicas of them (FSDP2); as many as processes: none is cut"""
+    sync_batch_norm: bool = True
+    """BatchNorm's statistics are of all processes' pictures; off: of each one's own"""
+    compile: bool = False
+    """torch.compile of every transformer layer"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeldOutSettings:
+    """What is looked at while the model trains, and never learnt from."""
+
+    pairs: tuple[str, ...] = ()
+    """tar shards, as `data.pairs`; none: no held-out pairs"""
+    documents: tuple[str, ...] = ()
+    """as `data.documents`"""
+    every: int = 1000
+    """steps"""
+    batches: int = 8
+    """of the composition of training, whose loss is told"""
+    captions: int = 4
+    """pictures that are described, for TensorBoard"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,8 +120,19 @@ class PretrainSettings:
     optimizer: OptimizerSettings = OptimizerSettings()
     loss_weights: tuple[float, float] = (1.0, 1.0)
     """of a token of an image-text pair and of one of a document"""
+    init_conv: str = ""
+    """where the convolution stage begins: "timm:resnet101", or another ResNet of timm's with the variant's blocks;
+    none: at random"""
+    accumulate: int = 1
+    """micro-batches of every step, whose gradients are added up; BatchNorm's statistics are of each"""
+    remat: Remat = "none"
+    """what the backward pass computes again: nothing, each layer from its input, or all but matrix products (dots)"""
+    ema: float | None = None
+    """share that an average of the weights keeps of itself in every step, 0.9999 say; None: no average"""
+    held_out: HeldOutSettings = HeldOutSettings()
     engine: Engine = "torch"
     """the framework; both take the same samples and write the same model folder"""
+    torch: TorchSettings = TorchSettings()
     jax: JaxSettings = JaxSettings()
     device: str = "auto"
     """"cpu", "cuda", …; auto: the GPU where there is one; of jax: its first platform"""
@@ -111,6 +146,12 @@ class PretrainSettings:
     """steps"""
     keep: int = 3
     """checkpoints; older ones are removed"""
+    profile: tuple[int, int] | None = None
+    """(first step, how many) that torch's profiler records, into `profile/` of the run's folder"""
+    stall_s: float = 300.0
+    """seconds without a step after which is told what everybody waits for"""
+    timeout_s: float = 1800.0
+    """seconds after which a process that does not answer the others is taken for lost"""
 
 
 def check(settings: PretrainSettings) -> None:
@@ -150,7 +191,22 @@ def check(settings: PretrainSettings) -> None:
         "at least 1 each (data may be 0)",
         settings.jax.mesh,
     )
-    _require("jax.accumulate", settings.jax.accumulate >= 1, "at least 1", settings.jax.accumulate)
+    _require("accumulate", settings.accumulate >= 1, "at least 1", settings.accumulate)
+    _require("ema", settings.ema is None or 0 < settings.ema < 1, "between 0 and 1, or None", settings.ema)
+    if settings.engine == "jax":
+        given = {name: getattr(settings, name) for name in ("ema", "init_conv", "profile")}
+        given["held_out"] = settings.held_out.pairs + settings.held_out.documents
+        for name, value in given.items():
+            _require(name, not value, "left out with engine jax, which has none of it", repr(value))
+    for name in ("every", "batches"):
+        value = getattr(settings.held_out, name)
+        _require(f"held_out.{name}", value >= 1, "at least 1", value)
+    _require("held_out.captions", settings.held_out.captions >= 0, "at least 0", settings.held_out.captions)
+    _require("torch.replicas", settings.torch.replicas >= 1, "at least 1", settings.torch.replicas)
+    profile = settings.profile
+    _require("profile", profile is None or (profile[0] >= 0 and profile[1] >= 1), "a step and a count", profile)
+    for name in ("stall_s", "timeout_s"):
+        _require(name, getattr(settings, name) > 0, "above 0", getattr(settings, name))
     index, count = settings.jax.process
     _require("jax.process", 0 <= index < count, "an index and a larger count", settings.jax.process)
     weights = settings.loss_weights
@@ -219,6 +275,10 @@ def _built(kind: Any, value: Any, where: str) -> Any:
     if origin is Literal:
         if value not in parts:
             raise ValueError(f"{where} must be one of {list(parts)}, got {value!r}{did_you_mean(str(value), parts)}")
+        return value
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise ValueError(f"{where} must be true or false, got {value!r}")
         return value
     try:  # YAML reads 1e-3 as text, 1 as an integer
         converted = kind(value)

@@ -1,4 +1,4 @@
-"""What a step of training gives back, whichever framework took it."""
+"""What a step of training takes and gives back, whichever framework it is of."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from simvlm.data.mixture import capacity_step
+from simvlm.train.settings import PretrainSettings
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepLoss:
-    """Of one batch.
+    """Of one batch, over all processes.
 
     Attributes:
         nll: float64[2], Σ -ln P of the suffix tokens of image-text pairs and of documents.
-        tokens: int[2], how many suffix tokens.
         grad_norm: Euclidean, of all gradients, before clipping.
     """
 
     nll: np.ndarray
-    tokens: np.ndarray
     grad_norm: float
 
 
@@ -34,3 +35,10 @@ class Diverged(Exception):
     def __init__(self, value: float, rows: Sequence[int]) -> None:
         super().__init__(value, rows)
         self.value, self.rows = value, list(rows)
+
+
+def row_multiple(settings: PretrainSettings, max_text_len: int, parts: int) -> int:
+    """What the packed rows of each of `parts` equal parts of a batch are padded to a multiple of, so that few sizes
+    occur."""
+    samples = settings.data.pairs_per_step + settings.data.documents_per_step
+    return capacity_step(-(-samples // parts) * max_text_len)

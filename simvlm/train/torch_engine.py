@@ -1,29 +1,31 @@
-"""The PyTorch engine of pretraining on one device: one step of PrefixLM, and what a checkpoint holds of it."""
+"""The PyTorch engine of pretraining: one step of PrefixLM on one device or on those of all of torchrun's processes."""
 
 from __future__ import annotations
 
 import math
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from simvlm.data.mixture import Mixed
 from simvlm.data.tokenizer import Tokenizer
-from simvlm.model import folder as folders
+from simvlm.model import units
+from simvlm.model.batch import Batch
 from simvlm.model.config import SimVLMConfig
-from simvlm.model.folder import WEIGHTS
 from simvlm.model.torch_model import SimVLM
-from simvlm.model.weights import load_tensors
+from simvlm.model.transformer import Layer
 from simvlm.train.objectives import suffix_nll
 from simvlm.train.optim import adamw
-from simvlm.train.processes import ALONE
-from simvlm.train.settings import Precision, PretrainSettings
-from simvlm.train.step import Diverged, StepLoss
-
-_OPTIMIZER = "optimizer.safetensors"
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+from simvlm.train.settings import PretrainSettings
+from simvlm.train.step import Diverged, StepLoss, row_multiple
+from simvlm.train.torch_device import device_of, peak_flops, precision_of
+from simvlm.train.torch_ranks import Ranks, lost_processes
+from simvlm.train.torch_state import TorchState
 
 
 class TorchEngine:
@@ -34,119 +36,171 @@ class TorchEngine:
         config: of the model.
 
     Raises:
-        ValueError: there is no such device or kernel.
+        ValueError: there is no such device or kernel, or torch.replicas does not divide the processes.
     """
 
     def __init__(self, settings: PretrainSettings, config: SimVLMConfig) -> None:
-        self.processes = ALONE
-        self.device = device_of(settings.device)
+        device = device_of(settings.device)
+        own = settings.torch
+        self.ranks = Ranks(device, replicas=own.replicas, timeout_s=settings.timeout_s)
+        self.device, self.processes = self.ranks.device, self.ranks.processes
         self.precision = precision_of(settings.precision, self.device)
         torch.manual_seed(settings.seed)
         self.model = SimVLM(config, impl=settings.impl).to(self.device).train()
+        if settings.init_conv:
+            from simvlm.model.init_conv import load_conv
+
+            load_conv(self.model, settings.init_conv)
+        self.model.set_remat(settings.remat)
+        if own.sync_batch_norm:
+            self.model.conv.share_statistics(self.ranks.group_name)
+        if own.compile:
+            for layer in self.model.modules():
+                if isinstance(layer, Layer):
+                    layer.compile()
+        self.ranks.cut(self.model, self.precision)
         self.optimizer = adamw(self.model, settings.optimizer)
+        self.ema: dict[str, Tensor] = {}
+        if settings.ema is not None:
+            self.ema = {name: x.detach().clone() for name, x in self.model.named_parameters()}
+        group = None if self.ranks.mesh is None else self.ranks.of_checkpoints
+        self.state = TorchState(self.model, config, self.optimizer, self.ema, group, is_first=self.processes.is_first)
+        one = peak_flops(self.device, self.precision)
+        self.peak_flops = None if one is None else one * self.processes.count
         self._weights = np.array(settings.loss_weights)
         self._max_grad_norm = settings.optimizer.max_grad_norm
+        self._accumulate, self._ema, self._impl = settings.accumulate, settings.ema, settings.impl
+        parts = self.processes.count * settings.accumulate
+        self._row_multiple = row_multiple(settings, config.max_text_len, parts)
 
-    def step(self, mixed: Mixed, lr: float) -> StepLoss:
+    def step(self, mixed: Mixed, lr: float, tokens: np.ndarray) -> StepLoss:
         """One step of the optimizer.
+
+        Args:
+            mixed: this process's part of the batch.
+            tokens: int[2], suffix tokens of each source in all parts.
 
         Raises:
             Diverged: loss or gradient is not finite; model and optimizer are as they were before.
+            ProcessLost: another process is gone.
         """
-        batch, model = mixed.batch, self.model
-        inputs = batch.inputs(model.config).to(self.device)
-        # Who owns which row is known on the host: no step waits for it.
-        owners = np.repeat(np.arange(len(batch.sources)), batch.decoder_lens)
-        rows = np.zeros(len(batch.targets), np.int64)
-        rows[: len(owners)] = batch.sources[owners]
-        tokens = np.bincount(batch.sources, batch.decoder_lens, minlength=2).astype(np.int64)
         # The forward pass moves BatchNorm's running statistics.
-        statistics = [buffer.clone() for buffer in model.buffers()]
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-            nll = suffix_nll(model(inputs), model.embedding, inputs.targets)
-        nlls = nll.new_zeros(2).index_add(0, torch.from_numpy(rows).to(self.device), nll)
-        weights = torch.from_numpy(self._weights).to(nlls)
-        loss = (weights * nlls).sum() / (float(self._weights @ tokens) or 1.0)
-        loss.backward()
-        grad_norm = self._clipped()
-        # One wait for the device: of the step's three numbers.
-        image_text, text_only, norm = torch.stack([*nlls.detach(), grad_norm.to(nlls)]).tolist()
+        statistics = [buffer.clone() for buffer in self.model.buffers()]
+        rows = units.split(mixed.batch, self._accumulate)
+        nlls, row_nlls = torch.zeros(2, device=self.device), []
+        with lost_processes():
+            for i, of_unit in enumerate(rows):
+                unit = mixed.batch if len(rows) == 1 else units.taken(mixed.batch, of_unit, self._row_multiple)
+                if self.ranks.mesh is not None:
+                    # Gradients cross between processes once a step.
+                    self.model.set_requires_gradient_sync(i == len(rows) - 1)  # type: ignore[operator]
+                by_row, of_sources = self._nll(unit)
+                weights = torch.from_numpy(self._weights).to(of_sources)
+                ((weights * of_sources).sum() / (float(self._weights @ tokens) or 1.0)).backward()
+                nlls += of_sources.detach()
+                row_nlls.append(by_row.detach())
+            if self.ranks.mesh is not None:
+                dist.all_reduce(nlls)
+            grad_norm = self._clipped()
+            # One wait for the device: of the step's three numbers.
+            image_text, text_only, norm = torch.stack([*nlls, grad_norm.to(nlls)]).tolist()
         if not math.isfinite(image_text + text_only + norm):
             with torch.no_grad():
-                for buffer, before in zip(model.buffers(), statistics, strict=True):
+                for buffer, before in zip(self.model.buffers(), statistics, strict=True):
                     buffer.copy_(before)
             self.optimizer.zero_grad()
-            not_finite = np.unique(owners[~np.isfinite(nll.detach().float().cpu().numpy()[: len(owners)])])
-            raise Diverged(image_text + text_only if math.isfinite(norm) else norm, not_finite.tolist())
+            value = image_text + text_only if math.isfinite(norm) else norm
+            raise Diverged(value, _not_finite(mixed.batch, rows, row_nlls))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return StepLoss(nll=np.array([image_text, text_only]), tokens=tokens, grad_norm=norm)
+        self._average()
+        return StepLoss(nll=np.array([image_text, text_only]), grad_norm=norm)
 
-    def _clipped(self) -> torch.Tensor:
+    def _nll(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """-ln P of every target, and the sums of the two sources."""
+        inputs = batch.inputs(self.model.config).to(self.device)
+        # Who owns which row is known on the host: no step waits for it.
+        sources = np.zeros(len(batch.targets), np.int64)
+        used = int(batch.decoder_lens.sum())
+        sources[:used] = np.repeat(batch.sources, batch.decoder_lens)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            nll = suffix_nll(self.model(inputs), self.model.embedding, inputs.targets)
+        return nll, nll.new_zeros(2).index_add(0, torch.from_numpy(sources).to(self.device), nll)
+
+    def _clipped(self) -> Tensor:
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
         if self._max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self._max_grad_norm, norm)
         return norm
 
-    def save(self, folder: Path, tokenizer: Tokenizer) -> None:
-        """Puts model, tokenizer and optimizer into a folder."""
-        self.model.save_pretrained(folder, tokenizer)
-        moments = {
-            f"{moment}.{name}": self.optimizer.state[parameter][moment].cpu().contiguous()
-            for name, parameter in self.model.named_parameters()
-            if parameter in self.optimizer.state
-            for moment in _MOMENTS
-        }
-        safetensors.torch.save_file(moments, folder / _OPTIMIZER)
+    @torch.no_grad()
+    def _average(self) -> None:
+        if self._ema is None:
+            return
+        averages = [_local(x) for x in self.ema.values()]
+        torch._foreach_lerp_(averages, [_local(x) for x in self.model.parameters()], 1 - self._ema)
+
+    @torch.no_grad()
+    def held_out(self, mixed: Mixed) -> np.ndarray:
+        """float64[2]: Σ -ln P of each source's suffix tokens in this process's part; every process calls it.
+
+        BatchNorm normalizes with its running statistics.
+        """
+        self.model.eval()
+        try:
+            with lost_processes():
+                found = self._nll(mixed.batch)[1].double().cpu().numpy()
+            if self.ranks.mesh is not None:  # outside of training the root stays as the forward pass left it
+                self.model.reshard()  # type: ignore[operator]
+            return found
+        finally:
+            self.model.train()
+
+    def usable_model(self) -> SimVLM | None:
+        """A copy of the model in evaluation mode on the first process, None on the others; every process calls it."""
+        with lost_processes():
+            tensors = self.state.gathered_weights()
+        if not self.processes.is_first:
+            return None
+        model = SimVLM(self.model.config, impl=self._impl)
+        model.load_state_dict(tensors)
+        return model.to(self.device).eval()
+
+    def peak_memory(self) -> int:
+        """Bytes of this process's GPU that were in use at once; 0 on a CPU."""
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
+
+    def save(self, folder: Path, tokenizer: Tokenizer) -> Future[None]:
+        """Starts to put model, tokenizer and optimizer into a folder, as they are now."""
+        with lost_processes():
+            return self.state.save(folder, tokenizer)
 
     def load(self, folder: Path) -> None:
-        """Takes back what `save` wrote.
+        """Takes back what `save` wrote, on any number of processes.
 
         Raises:
             ValueError: config or tensors are not those of this model; every difference is named.
         """
-        folders.check_config(folder, self.model.config)
-        if not (folder / _OPTIMIZER).is_file():
-            raise ValueError(f"engine must be the one that wrote {folder}, got torch: it holds no {_OPTIMIZER}")
-        load_tensors(self.model, safetensors.torch.load_file(folder / WEIGHTS), str(folder / WEIGHTS))
-        moments = safetensors.torch.load_file(folder / _OPTIMIZER)
-        state = self.optimizer.state_dict()
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
-        ordered = [names[parameter] for group in self.optimizer.param_groups for parameter in group["params"]]
-        wanted = {f"{moment}.{name}" for name in ordered for moment in _MOMENTS}
-        if moments and set(moments) != wanted:
-            missing = sorted(wanted ^ set(moments))
-            raise ValueError(f"{folder / _OPTIMIZER} must hold the moments of every parameter, got others: {missing}")
-        if moments:
-            state["state"] = {
-                i: {moment: moments[f"{moment}.{name}"] for moment in _MOMENTS} for i, name in enumerate(ordered)
-            }
-        self.optimizer.load_state_dict(state)
+        self.state.load(folder)
+
+    def close(self) -> None:
+        self.ranks.close()
 
 
-def device_of(name: str) -> torch.device:
-    """
-    Raises:
-        ValueError: this machine has no such device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device must be one of this machine's, got {name!r} ({str(error).splitlines()[0]})") from None
-    return device
+def _not_finite(batch: Batch, rows: list[np.ndarray], row_nlls: list[Tensor]) -> list[int]:
+    """The batch's sequences whose loss is not finite."""
+    found: set[int] = set()
+    for of_unit, nll in zip(rows, row_nlls, strict=True):
+        owners = np.repeat(of_unit, batch.decoder_lens[of_unit])
+        bad = ~np.isfinite(nll.float().cpu().numpy()[: len(owners)])
+        found.update(owners[bad].tolist())
+    return sorted(found)
 
 
-def precision_of(name: Precision, device: torch.device) -> Precision:
-    """ "auto": bfloat16 where the processor multiplies it."""
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    multiplies = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bfloat16" if device.type == "cpu" and multiplies else "float32"
+def _local(x: Tensor) -> Tensor:
+    return x.to_local() if isinstance(x, DTensor) else x

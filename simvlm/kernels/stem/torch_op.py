@@ -100,12 +100,12 @@ def batch_norm_act(
 def _statistics_of_all(mean: Tensor, var: Tensor, pixels: int, group: str) -> tuple[Tensor, Tensor]:
     """mean and var of all replicas' pixels, from each one's; one collective, in float64 as E[x²] - mean² cancels."""
     mean, var, one = mean.double(), var.double(), mean.new_ones(1, dtype=torch.float64)
-    total = _all_reduce(pixels * torch.cat([mean, var + mean.square(), one]), group)
+    total = all_reduce(pixels * torch.cat([mean, var + mean.square(), one]), group)
     mean, square = (total[:-1] / total[-1:].clamp(min=1)).chunk(2)
     return mean, (square - mean.square()).clamp(min=0)
 
 
-def _all_reduce(x: Tensor, group: Any) -> Tensor:
+def all_reduce(x: Tensor, group: Any) -> Tensor:
     """The sum over the group; the functional collectives are those that a compiled graph can hold."""
     from torch.distributed import _functional_collectives as collectives
 
@@ -291,7 +291,7 @@ def _means(sums: Sequence[Tensor], pixels: int, group: Any) -> Sequence[Tensor]:
     """The sums over the batch's number of pixels, all replicas' in one collective."""
     if not group:
         return [total / max(pixels, 1) for total in sums]
-    total = _all_reduce(torch.cat([*sums, sums[0].new_full((1,), pixels)]), group)
+    total = all_reduce(torch.cat([*sums, sums[0].new_full((1,), pixels)]), group)
     return (total[:-1] / total[-1:].clamp(min=1)).chunk(2)
 
 

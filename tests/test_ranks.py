@@ -1,0 +1,204 @@
+"""Training on several processes: the samples, losses and weights of one, exact resume, what becomes of the others."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+from pretrain_cases import break_pictures, log_of, make_world, model_of, settings_of
+from rank_cases import run, started, wait_for
+
+from simvlm.train import checkpoint, loop
+from simvlm.train import settings as run_settings
+from simvlm.train.settings import TorchSettings
+
+LOSSES = ("loss", "loss_image_text", "loss_text_only", "grad_norm")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Some of its pictures are broken, so parts of a batch are not of one size."""
+    folder = make_world(tmp_path_factory.mktemp("world"))
+    break_pictures(sorted((folder / "pairs").glob("*.tar"))[0], every=5)
+    return folder
+
+
+def configured(world, out, **changes):
+    """A run's settings in a file beside its folder; the options that start it."""
+    file = out.with_name(out.name + "-settings")
+    file.mkdir()
+    run_settings.save(settings_of(world, out, **{"precision": "float32"} | changes), file)
+    return ["pretrain", "--config", str(file / "run.yaml")]
+
+
+@pytest.fixture(scope="module")
+def one_rank(world, tmp_path_factory):
+    out = tmp_path_factory.mktemp("one") / "run"
+    run(1, *configured(world, out, checkpoint_every=3, ema=0.5))
+    return out
+
+
+@pytest.fixture(scope="module")
+def two_ranks(world, tmp_path_factory):
+    out = tmp_path_factory.mktemp("two") / "run"
+    run(2, *configured(world, out, checkpoint_every=3, ema=0.5))
+    return out
+
+
+def same_run(log, other, rtol=1e-4):
+    for name in ("step", "lr", "sample_ids_hash", "image_text_token_share"):
+        assert [line[name] for line in log] == [line[name] for line in other], name
+    for name in LOSSES:
+        np.testing.assert_allclose(*([line[name] for line in lines] for lines in (log, other)), rtol=rtol)
+
+
+def test_two_ranks_are_one(one_rank, two_ranks):
+    """Losses to float32's rounding, BatchNorm's statistics among them: they are of the whole batch."""
+    same_run(log_of(two_ranks), log_of(one_rank))
+    (_, tensors), (_, expected) = model_of(two_ranks), model_of(one_rank)
+    assert tensors.keys() == expected.keys()
+    for name, x in expected.items():
+        if "running" in name:
+            np.testing.assert_allclose(tensors[name], x, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_their_checkpoint_is_one_folder_for_all(one_rank, two_ranks):
+    names = [sorted(path.name for path in checkpoint.newest(out)[1].iterdir()) for out in (one_rank, two_ranks)]
+    assert names[0] == names[1]
+    assert {"model.safetensors", "ema.safetensors", "config.json", "tokenizer.model", "state.json"} < set(names[0])
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_their_checkpoint_goes_on_with_other_numbers_of_ranks(count, world, two_ranks, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(two_ranks, out)
+    shutil.rmtree(out / "checkpoints/step-00000006")
+    run(count, "pretrain", "--resume", str(out))
+    same_run(log_of(out), log_of(two_ranks))
+
+
+def test_pieces_and_replicas_give_the_same(world, one_rank, tmp_path):
+    out = tmp_path / "run"
+    run(2, *configured(world, out, torch=TorchSettings(replicas=2)))
+    same_run(log_of(out), log_of(one_rank))
+
+
+def test_micro_batches_and_remat_of_two_ranks(world, one_rank, tmp_path):
+    """BatchNorm's statistics are each micro-batch's, so only the first step's loss of documents is the same."""
+    out = tmp_path / "run"
+    changes = {"accumulate": 2, "remat": "layer"}
+    run(2, *configured(world, out, **changes, steps=2))
+    log, expected = log_of(out), log_of(one_rank)
+    assert [line["sample_ids_hash"] for line in log] == [line["sample_ids_hash"] for line in expected[:2]]
+    np.testing.assert_allclose(log[0]["loss_text_only"], expected[0]["loss_text_only"], rtol=1e-4)
+
+
+def test_two_ranks_killed_twice_give_the_same_bits(world, tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    options = {"steps": 24, "checkpoint_every": 5}
+    run(2, *configured(world, whole, **options))
+    command = configured(world, out, **options)
+    for lines in (4, 15):
+        with started(2, command) as processes:
+            log = out / loop.LOG
+            wait_for(lambda: log.exists() and log.read_bytes().count(b"\n") >= lines, processes, "progress")  # noqa: B023
+            for process in processes:
+                process.send_signal(signal.SIGKILL)
+        command = ["pretrain", "--resume", str(out)]
+        assert (checkpoint.newest(out) or (0,))[0] < 24
+    run(2, *command)
+    assert log_of(out) == log_of(whole)
+    (step, tensors), (_, expected) = model_of(out), model_of(whole)
+    assert step == 24
+    assert all(np.array_equal(tensors[name], expected[name]) for name in expected)
+
+
+def test_a_rank_that_dies_ends_the_others(world, tmp_path):
+    out = tmp_path / "run"
+    with started(2, configured(world, out, steps=100_000, checkpoint_every=4)) as processes:
+        wait_for(lambda: checkpoint.newest(out) is not None, processes, "a checkpoint")
+        processes[1].send_signal(signal.SIGKILL)
+        began = time.monotonic()
+        said = processes[0].communicate(timeout=60)[1]
+    assert time.monotonic() - began < 60
+    assert processes[0].returncode == 1
+    assert "another process of the run ended or does not answer" in said
+    assert "Traceback" not in said
+    assert checkpoint.newest(out)[0] % 4 == 0
+
+
+def test_a_shard_that_vanishes_is_told_on_every_rank(world, tmp_path):
+    shards = tmp_path / "pairs"
+    shutil.copytree(world / "pairs", shards)
+    out = tmp_path / "run"
+    command = configured(world, out, steps=100_000, checkpoint_every=1_000)
+    with started(2, [*command, "--data.pairs", f"{shards}/*.tar"]) as processes:
+        log = out / loop.LOG
+        wait_for(lambda: log.exists() and log.read_bytes().count(b"\n") >= 2, processes, "progress")
+        for shard in shards.glob("*.tar"):
+            shard.unlink()
+        said = [process.communicate(timeout=60)[1] for process in processes]
+    for text, process in zip(said, processes, strict=True):
+        assert process.returncode == 1
+        assert "no data: process" in text
+        assert f"{shards}/0000" in text
+        assert "Traceback" not in text
+    assert checkpoint.newest(out) is not None  # saved before it stopped
+
+
+def test_a_poisoned_sample_is_named_on_every_rank(world, tmp_path):
+    """A loss that is not finite on one rank: nothing moves on any, and each says the same."""
+    program = tmp_path / "poisoned.py"
+    program.write_text(
+        "import sys, torch\n"
+        "from simvlm import cli\n"
+        "from simvlm.train import torch_engine\n"
+        "nll = torch_engine.suffix_nll\n"
+        "def poisoned(hidden, weight, targets):\n"
+        "    found = nll(hidden, weight, targets)\n"
+        "    import torch.distributed as dist\n"
+        "    return found * float('nan') if dist.get_rank() == 1 else found\n"
+        "torch_engine.suffix_nll = poisoned\n"
+        "sys.exit(cli.main(sys.argv[1:]))\n"
+    )
+    out = tmp_path / "run"
+    with started(2, configured(world, out), first=[str(program)]) as processes:
+        said = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1]
+    for text in said:
+        assert "step 1 gave nan, in samples" in text
+        assert "checkpoint: none" in text
+
+
+def test_a_full_disk_on_one_rank_is_told_by_the_first(world, tmp_path):
+    program = tmp_path / "full.py"
+    program.write_text(
+        "import sys, os\n"
+        "from simvlm import cli\n"
+        "from simvlm.train import torch_state\n"
+        "save = torch_state.TorchState.save\n"
+        "def full(self, folder, tokenizer):\n"
+        "    written = save(self, folder, tokenizer)\n"
+        "    if os.environ['RANK'] == '1' and folder.name == 'step-00000003.part':\n"
+        "        written.result()\n"
+        "        raise OSError(28, 'No space left on device')\n"
+        "    return written\n"
+        "torch_state.TorchState.save = full\n"
+        "sys.exit(cli.main(sys.argv[1:]))\n"
+    )
+    out = tmp_path / "run"
+    with started(2, configured(world, out, checkpoint_every=3), first=[str(program)]) as processes:
+        said = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert "step 3: no checkpoint written" in said[0]
+    assert "process 1: [Errno 28] No space left on device" in said[0]
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000006"]
+
+
+def test_skipped_samples_of_all_ranks_are_listed_once(one_rank, two_ranks):
+    lists = [sorted((out / loop.SKIPPED).read_text().splitlines()) for out in (one_rank, two_ranks)]
+    assert lists[0] == lists[1]
+    assert len(lists[0]) == log_of(two_ranks)[-1]["skipped"] > 0
