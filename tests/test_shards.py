@@ -12,14 +12,19 @@ import pickle
 import tarfile
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import webdataset
 from PIL import Image
 
+from benchmarks.data_problem import write_million
+from simvlm.data import index, seek_points, shards, text
+from simvlm.data.draws import Draws
 from simvlm.data.scenes import render, sample_scene
-from simvlm.data.shards import BrokenSample, ImageTextShards, decode, expand
+from simvlm.data.shards import BrokenSample, ImageTextShards, decode, expand, picture
 from simvlm.data.text import TextShards
-from simvlm.data.transforms import random_resized_crop, resize
+from simvlm.data.transforms import least_side, random_resized_crop, resize
 from simvlm.data.world import write_world
 
 PICTURE = render(sample_scene(2))
@@ -198,19 +203,43 @@ def test_a_shard_cut_anywhere_is_read_up_to_the_cut(tmp_path):
     assert len(ImageTextShards(tmp_path / "none.tar")) == 0
 
 
-def test_the_index_is_kept_beside_the_shard_and_follows_it(tmp_path):
+def scans(monkeypatch, module):
+    """A list that grows with every shard that is scanned."""
+    seen, scan = [], module.scan
+    monkeypatch.setattr(module, "scan", lambda shard: seen.append(shard) or scan(shard))
+    return seen
+
+
+def test_the_index_is_kept_beside_the_shard_and_follows_it(tmp_path, monkeypatch):
+    scanned, said = scans(monkeypatch, shards), []
     path = write_tar(tmp_path / "s.tar", [("0.png", b"x"), ("0.txt", b"one")])
-    assert ImageTextShards(path)[0].text == "one"
-    beside = tmp_path / "s.tar.idx.json"
-    kept = json.loads(beside.read_text())
-    beside.write_text(json.dumps(kept | {"keys": ["kept"]}))
-    assert ImageTextShards(path)[0].key == "kept"
-    for stale in (json.dumps(kept | {"version": 0, "keys": ["old"]}), "{", "[]"):
-        beside.write_text(stale)
+    assert ImageTextShards(path, say=said.append)[0].text == "one"
+    assert said == ["1 of 1 shards have no index: scanning them (`simvlm data index`: in parallel)"]
+    assert ImageTextShards(path, say=said.append).where(0) == (str(path), "0")
+    assert (len(scanned), len(said)) == (1, 1)
+    beside = tmp_path / "s.tar.idx"
+    whole = beside.read_bytes()
+    for stale in (b"", b"{", whole[:20], whole[:-8], whole.replace(b'"version":"2"', b'"version":"0"')):
+        assert stale != whole
+        beside.write_bytes(stale)
         assert ImageTextShards(path)[0].key == "0"
+    assert len(scanned) == 6
     write_tar(path, [("0.png", b"x"), ("0.txt", b"one"), ("1.png", b"y"), ("1.txt", b"two")])
-    assert len(ImageTextShards(path)) == 2
-    assert sorted(os.listdir(tmp_path)) == ["s.tar", "s.tar.idx.json"]
+    assert [ImageTextShards(path)[i].text for i in (0, 1)] == ["one", "two"]
+    assert sorted(os.listdir(tmp_path)) == ["s.tar", "s.tar.idx"]
+
+
+def test_a_folder_of_indices(tmp_path, monkeypatch):
+    """Shards of one name in two folders have indices of their own, and none lies beside them."""
+    scanned, folder = scans(monkeypatch, shards), tmp_path / "new" / "folder"
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        write_tar(tmp_path / name / "0.tar", [("0.png", b"x"), ("0.txt", name.encode())])
+    for _ in range(2):
+        pairs = ImageTextShards(f"{tmp_path}/{{a,b}}/0.tar", index=str(folder))
+        assert [pairs[i].text for i in (0, 1)] == ["a", "b"]
+    assert len(scanned) == len(os.listdir(folder)) == 2
+    assert os.listdir(tmp_path / "a") == ["0.tar"]
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
@@ -220,9 +249,27 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
         raise PermissionError("read-only")
 
     # A mode of 0o555 would not stop root.
-    monkeypatch.setattr("pathlib.Path.write_text", refuse)
-    assert ImageTextShards(path)[0].text == "one"
+    monkeypatch.setattr("pathlib.Path.write_bytes", refuse)
+    said = []
+    pairs = ImageTextShards(path, say=said.append)
+    assert said[1] == (
+        "index files cannot be written (read-only): they stay in memory; data.index names another folder for them"
+    )
+    assert pairs[0].text == pickle.loads(pickle.dumps(pairs))[0].text == "one"
     assert os.listdir(tmp_path) == ["s.tar"]
+
+
+def test_a_start_reads_no_more_than_headers(tmp_path, monkeypatch):
+    """A million pairs: no shard is scanned, no array read, until a sample is asked for, and then one."""
+    write_million(tmp_path)
+    read, once = [], index._opened
+    monkeypatch.setattr(index, "_opened", lambda kept: read.append(kept.path) or once(kept))
+    scanned = scans(monkeypatch, shards)
+    pairs = ImageTextShards(f"{tmp_path}/*.tar")
+    assert (len(pairs), scanned, read) == (1_000_000, [], [])
+    assert len(pickle.dumps(pairs)) < 100_000
+    assert pairs.where(420_007) == (f"{tmp_path}/00042.tar", "000420007")
+    assert set(read) == {f"{tmp_path}/00042.tar.idx"}
 
 
 def test_decode_modes():
@@ -261,7 +308,8 @@ def test_decode_draft():
 
 
 def test_what_is_no_picture():
-    for content in (b"", b"GIF89a", encoded(PICTURE, "jpeg")[:200], b"\x00" * 100):
+    jpeg = encoded(PICTURE, "jpeg")
+    for content in (b"", b"GIF89a", jpeg[:200], jpeg[: len(jpeg) // 2], jpeg[:-20], b"\x00" * 100):
         broken("broken image", lambda content=content: decode(content))
 
 
@@ -281,6 +329,35 @@ def test_crops_keep_nine_tenths_and_depend_on_their_key_alone():
     assert np.std(areas) > 0.01
     assert np.array_equal(random_resized_crop(place, 64, 1, 2, 3), random_resized_crop(place, 64, 1, 2, 3))
     assert not np.array_equal(random_resized_crop(place, 64, 1, 2, 3), random_resized_crop(place, 64, 1, 3, 3))
+
+
+def test_crops_of_draft_and_of_very_large_pictures_look_the_same():
+    """Within a few grey levels of 256 of the crop of the picture decoded whole and filtered in one go."""
+    large = Image.fromarray(PICTURE).resize((1300, 1000), Image.Resampling.BICUBIC)
+    for suffix in ("jpeg", "png"):
+        content = encoded(large, suffix)
+        drawn = random_resized_crop(picture(content, least=least_side(64)), 64, 1, 2)
+        whole = one_go(decode(content), 64, 1, 2)
+        assert np.abs(drawn.astype(int) - whole).mean() < 2
+
+
+def test_crops_of_the_world_are_what_they_were(world):
+    """Pictures of 64 pixels: neither draft mode nor averaging takes part."""
+    pairs = ImageTextShards(world / "pairs" / "*.tar")
+    for i in range(20):
+        content = pairs[i].image_bytes
+        drawn = random_resized_crop(picture(content, least=least_side(64)), 64, 1, 2, i)
+        assert np.array_equal(drawn, one_go(decode(content), 64, 1, 2, i))
+
+
+def one_go(image, size, *key):
+    """The crop by its definition."""
+    draws = Draws("crop", *key)
+    tall, wide = (draws.between(9487, 10_000) for _ in range(2))
+    top, left = (draws.between(0, 10_000 - side) for side in (tall, wide))
+    scales = (image.shape[1], image.shape[0]) * 2
+    box = [place * scale / 10_000 for place, scale in zip((left, top, left + wide, top + tall), scales, strict=True)]
+    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
 def test_resize():
@@ -320,13 +397,112 @@ def test_many_gzipped_shards_and_members(tmp_path):
     assert [texts[i].text for i in range(20, -1, -1)] == [f"{i // 3} {i % 3}" for i in range(20, -1, -1)]
 
 
+def long_lines(count, seed=0):
+    """Documents of 10 to 3,000 bytes, one of two million."""
+    words = np.random.default_rng(seed).integers(0, 5000, (count, 400))
+    lengths = np.random.default_rng(seed + 1).integers(1, 400, count)
+    texts = [" ".join(map(str, row[:length])) for row, length in zip(words, lengths, strict=True)]
+    texts[count // 2] = " ".join(map(str, range(300_000)))
+    return texts
+
+
+def gzipped(texts, **options):
+    return gzip.compress("".join(json.dumps({"text": one}) + "\n" for one in texts).encode(), **options)
+
+
+def test_documents_across_seek_points(tmp_path):
+    """In any order, over the borders of chunks and members, without the shard in memory."""
+    texts = [*long_lines(900), *long_lines(900, seed=7)]
+    path = tmp_path / "a.json.gz"
+    path.write_bytes(gzipped(texts[:900]) + bytes(1000) + gzipped(texts[900:]))
+    found = TextShards(path)
+    assert (len(found), found.cut) == (1800, [])
+    points = found._indices[0].array("points")
+    assert len(points) > 8
+    for i in (*np.random.default_rng(0).permutation(1800)[:150].tolist(), *range(440, 460), 899, 900, 1799, 0):
+        assert found[i].text == texts[i], i
+    assert len(found._held) <= 8
+    assert max(len(content) for _, content in found._held.values()) < 3 * seek_points.SPACING
+    assert pickle.loads(pickle.dumps(found))[1000].text == texts[1000]
+
+
+def test_a_gzipped_shard_that_changes_or_goes(tmp_path):
+    path = tmp_path / "a.json.gz"
+    path.write_bytes(gzipped(long_lines(300)))
+    found = TextShards(path)
+    path.write_bytes(gzipped(long_lines(100)))
+    with pytest.raises(OSError, match=r"a.json.gz cannot be read from byte \d+ on"):
+        found[299]
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        found[0]
+
+
 def test_gzipped_documents_cut_short(tmp_path):
     lines = [json.dumps({"text": f"{i} {hashlib.sha256(bytes([i])).hexdigest()}"}) for i in range(100)]
     whole = gzip.compress("\n".join(lines).encode())
     path = tmp_path / "a.jsonl.gz"
-    path.write_bytes(whole[: len(whole) // 2])
-    texts = TextShards(path)
-    assert texts.cut == [str(path)]
-    assert 30 < len(texts) < 70
-    for i in range(len(texts)):
-        assert texts[i].text == json.loads(lines[i])["text"]
+    for length in (0, 5, 12, 300, len(whole) // 2, len(whole) - 4):
+        path.write_bytes(whole[:length])
+        texts = TextShards(path)
+        assert texts.cut == ([str(path)] if length else [])
+        assert len(texts) <= 100
+        assert [texts[i].text for i in range(len(texts))] == [json.loads(line)["text"] for line in lines[: len(texts)]]
+    assert len(texts) == 99, "the last line may not be whole"
+
+
+@pytest.mark.parametrize("fault", ["cut", "damaged"])
+def test_a_large_gzipped_shard_up_to_its_fault(tmp_path, fault):
+    texts = long_lines(3000)
+    whole = bytearray(gzipped(texts))
+    middle = len(whole) * 3 // 4
+    if fault == "cut":
+        del whole[middle:]
+    else:
+        whole[middle : middle + 2000] = bytes(2000)
+    path = tmp_path / "a.json.gz"
+    path.write_bytes(whole)
+    found = TextShards(path)
+    assert found.cut == [str(path)]
+    assert len(found) > 1600
+    right = [i for i in range(len(found)) if reads(found, i, texts[i])]
+    # Damaged data may still mean something for a while.
+    assert right == list(range(len(right)))
+    assert len(found) - len(right) < (1 if fault == "cut" else 400)
+
+
+def reads(found, i, text):
+    try:
+        return found[i].text == text
+    except BrokenSample:
+        return False
+
+
+def test_parquet(tmp_path):
+    texts = ["one", "zwei", None, " ", *map(str, range(20))]
+    langs = ["en", "de", *["en"] * 22]
+    pq.write_table(pa.table({"id": range(24), "text": texts, "lang": langs}), tmp_path / "a.parquet", row_group_size=5)
+    pq.write_table(pa.table({"text": texts}), tmp_path / "b.parquet", row_group_size=7)
+    found = TextShards(f"{tmp_path}/*.parquet")
+    assert (len(found), found.cut) == (48, [])
+    for i in (23, 4, 10, 0, 9):
+        assert (found[i].text, found[i].lang, found[i].key) == (texts[i], langs[i], str(i))
+        assert (found[24 + i].text, found[24 + i].lang) == (texts[i], None)
+    for i in (2, 3, 26):
+        assert broken("empty text", lambda i=i: found[i]).shard.endswith("a.parquet" if i < 24 else "b.parquet")
+    assert pickle.loads(pickle.dumps(found))[1].text == "zwei"
+    (tmp_path / "c.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"documents: .*c.parquet has no footer, so nothing in it can be read"):
+        TextShards(tmp_path / "c.parquet")
+    pq.write_table(pa.table({"content": texts}), tmp_path / "d.parquet")
+    with pytest.raises(ValueError, match=r"documents: .*d.parquet must have a column text, got content"):
+        TextShards(tmp_path / "d.parquet")
+
+
+def test_documents_are_scanned_once(tmp_path, monkeypatch):
+    scanned = scans(monkeypatch, text)
+    (tmp_path / "a.jsonl").write_text("\n".join(LINES))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress("\n".join(LINES).encode()))
+    for _ in range(2):
+        assert len(TextShards(f"{tmp_path}/{{a.jsonl,b.jsonl.gz}}", index=str(tmp_path / "index"))) == 12
+    assert len(scanned) == 2

@@ -1,7 +1,6 @@
 """Random access to image-text pairs in WebDataset tar shards, as img2dataset and `simvlm data world` write them.
 
-A shard is scanned once; the places of its members are kept beside it in `<shard>.idx.json`, or in memory alone where
-the folder cannot be written.
+A shard is scanned once; the places of its members are kept in its index file (index.py).
 """
 
 from __future__ import annotations
@@ -13,17 +12,17 @@ import json
 import os
 import re
 import tarfile
+from array import array
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from simvlm.data.index import Say, Scan, ShardIndex, indices
 from simvlm.data.transforms import upright
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-_INDEX_VERSION = 1
 _BLOCK = 512
 
 
@@ -53,31 +52,30 @@ class Sample:
     text: str
 
 
-@dataclasses.dataclass(frozen=True)
-class _Index:
-    """Of each sample of a shard: its key, and (offset, size) of image, txt and json; size -1 where it has none."""
-
-    keys: list[str]
-    places: np.ndarray
-    cut: bool
-
-
 class ImageTextShards:
     """The pairs of some tar shards, in the order of the shards.
 
     Args:
         pattern: a path, a glob, braces as in `{00000..00012}.tar` or `{a,b}.tar`, or several of these.
+        index: the folder of the index files; None: they lie beside their shards.
+        say: is told of indices that must be made first, or cannot be kept.
 
     Attributes:
         shards: the paths.
         cut: those that end too early; their pairs before the cut are there.
     """
 
-    def __init__(self, pattern: str | os.PathLike[str] | Sequence[str]) -> None:
+    def __init__(
+        self,
+        pattern: str | os.PathLike[str] | Sequence[str],
+        *,
+        index: str | None = None,
+        say: Say | None = None,
+    ) -> None:
         self.shards = expand(pattern)
-        self._indices = [_index(shard) for shard in self.shards]
-        self._ends = np.cumsum([len(index.keys) for index in self._indices])
-        self.cut = [shard for shard, index in zip(self.shards, self._indices, strict=True) if index.cut]
+        self._indices = indices(self.shards, scan, folder=index, say=say)
+        self._ends = np.cumsum([found.count for found in self._indices])
+        self.cut = [shard for shard, found in zip(self.shards, self._indices, strict=True) if found.cut]
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -88,7 +86,8 @@ class ImageTextShards:
         Raises:
             BrokenSample: it has no image, no text or an empty one.
         """
-        shard, key, (image, text, meta) = self._locate(i)
+        shard, index, row = self._locate(i)
+        key, (image, text, meta) = _key(index, row), index.rows("places", row, row + 1)[0]
         if image[1] <= 0:
             raise BrokenSample("no image", shard, key)
         with open(shard, "rb") as file:
@@ -96,27 +95,29 @@ class ImageTextShards:
 
     def where(self, i: int) -> tuple[str, str]:
         """(shard, key) of pair i."""
-        return self._locate(i)[:2]
+        shard, index, row = self._locate(i)
+        return shard, _key(index, row)
 
     def text(self, i: int) -> str:
         """The text of pair i alone."""
-        shard, key, (_, text, meta) = self._locate(i)
+        shard, index, row = self._locate(i)
+        _, text, meta = index.rows("places", row, row + 1)[0]
         with open(shard, "rb") as file:
-            return _text(file, text, meta, shard, key)
+            return _text(file, text, meta, shard, _key(index, row))
 
     def metadata(self, i: int) -> dict[str, Any]:
         """The json of pair i; {} where it has none."""
-        shard, key, (_, _, meta) = self._locate(i)
+        shard, index, row = self._locate(i)
+        meta = index.rows("places", row, row + 1)[0, 2]
         with open(shard, "rb") as file:
-            return _json(file, meta, shard, key) if meta[1] > 0 else {}
+            return _json(file, meta, shard, _key(index, row)) if meta[1] > 0 else {}
 
-    def _locate(self, i: int) -> tuple[str, str, np.ndarray]:
+    def _locate(self, i: int) -> tuple[str, ShardIndex, int]:
         if not 0 <= i < len(self):
             raise IndexError(f"ImageTextShards: index must be in 0 … {len(self) - 1}, got {i}")
         which = int(np.searchsorted(self._ends, i, side="right"))
         index = self._indices[which]
-        row = i - (int(self._ends[which]) - len(index.keys))
-        return self.shards[which], index.keys[row], index.places[row]
+        return self.shards[which], index, i - (int(self._ends[which]) - index.count)
 
 
 def expand(pattern: str | os.PathLike[str] | Sequence[str]) -> list[str]:
@@ -148,10 +149,16 @@ def decode(image_bytes: bytes, *, shard: str = "", key: str = "", least: int | N
     Raises:
         BrokenSample: it is no image, or is cut short.
     """
+    return np.asarray(picture(image_bytes, shard=shard, key=key, least=least))
+
+
+def picture(image_bytes: bytes, *, shard: str = "", key: str = "", least: int | None = None) -> Image.Image:
+    """As `decode`, in RGB as Pillow has it."""
     try:
         with Image.open(io.BytesIO(image_bytes)) as image:
             if least is not None:
                 image.draft("RGB", (least, least))
+            image.load()
             return upright(image)
     except Exception as error:  # Pillow's plug-ins raise whatever they stumble over.
         raise BrokenSample("broken image", shard, key) from error
@@ -201,36 +208,13 @@ def _braces(pattern: str) -> Iterator[str]:
         yield from _braces(pattern[: found.start()] + part + pattern[found.end() :])
 
 
-def _index(shard: str) -> _Index:
-    status = os.stat(shard)
-    stamp = {"version": _INDEX_VERSION, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
-    beside = Path(shard + ".idx.json")
-    try:
-        kept = json.loads(beside.read_text())
-        if {name: kept[name] for name in stamp} == stamp:
-            return _Index(kept["keys"], np.array(kept["places"], np.int64).reshape(-1, 3, 2), kept["cut"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # none yet, of an older version, or half written: scan the shard
-    keys, places, cut = _scan(shard, status.st_size)
-    _keep(beside, stamp | {"keys": keys, "places": places, "cut": cut})
-    return _Index(keys, np.array(places, np.int64).reshape(-1, 3, 2), cut)
+def scan(shard: str) -> Scan:
+    """Of each sample: its key, and (offset, size) of image, txt and json, size -1 where it has none.
 
-
-def _keep(beside: Path, content: dict[str, Any]) -> None:
-    # Renamed when whole: several processes may index one shard at once.
-    aside = beside.with_name(f"{beside.name}.{os.getpid()}")
-    try:
-        aside.write_text(json.dumps(content))
-        aside.replace(beside)
-    except OSError:
-        pass  # a read-only folder: the index in memory does
-
-
-def _scan(shard: str, size: int) -> tuple[list[str], list[list[list[int]]], bool]:
-    """Keys, places, and whether the shard is cut short. A sample is a run of members with one name before the dot."""
-    keys: list[str] = []
-    places: list[list[list[int]]] = []
-    end = 0
+    A sample is a run of members with one name before the dot.
+    """
+    size, end, last = os.path.getsize(shard), 0, None
+    keys, key_ends, places = bytearray(), array("q", [0]), array("q")
     with open(shard, "rb") as file:
         for member in _members(file):
             end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
@@ -243,18 +227,31 @@ def _scan(shard: str, size: int) -> tuple[list[str], list[list[list[int]]], bool
             which = 0 if suffix in IMAGE_SUFFIXES else {"txt": 1, "json": 2}.get(suffix)
             if which is None:
                 continue
-            if not keys or keys[-1] != key:
-                keys.append(key)
-                places.append([[0, -1], [0, -1], [0, -1]])
-            places[-1][which] = [member.offset_data, member.size]
+            if last != key:
+                last = key
+                keys += key.encode(errors="surrogateescape")
+                key_ends.append(len(keys))
+                places.extend([0, -1] * 3)
+            row = 6 * (len(key_ends) - 2) + 2 * which
+            places[row], places[row + 1] = member.offset_data, member.size
         # A whole archive ends with two blocks of zeros.
         file.seek(end)
         cut = file.read(2 * _BLOCK) != bytes(2 * _BLOCK)
-    if cut and keys and (places[-1][0][1] < 0 or max(places[-1][1][1], places[-1][2][1]) < 0):
+    if cut and places and (places[-5] < 0 or max(places[-3], places[-1]) < 0):
         # What the cut took from its last sample is the shard's fault, not the sample's.
-        keys.pop()
-        places.pop()
-    return keys, places, cut
+        key_ends.pop()
+        del places[-6:], keys[key_ends[-1] :]
+    arrays: dict[str, np.ndarray] = {
+        "places": np.array(places, np.int64).reshape(-1, 3, 2),
+        "key_ends": np.array(key_ends, np.int64),
+        "keys": np.frombuffer(keys, np.uint8),
+    }
+    return Scan(count=len(key_ends) - 1, cut=cut, arrays=arrays)
+
+
+def _key(index: ShardIndex, row: int) -> str:
+    first, end = index.rows("key_ends", row, row + 2).tolist()
+    return index.rows("keys", first, end).tobytes().decode(errors="surrogateescape")
 
 
 def _members(file: io.BufferedReader) -> Iterator[tarfile.TarInfo]:

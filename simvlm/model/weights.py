@@ -78,7 +78,7 @@ class Preprocess:
                 why = f" ({broken.__cause__})" if broken.__cause__ else ""
                 raise ValueError(f"preprocess: image must be a readable picture, got {image}{why}") from broken
         if isinstance(image, Image.Image):
-            image = upright(image)
+            image = np.asarray(upright(image))
         if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             got = f"{image.dtype}{list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
             raise ValueError(f"preprocess: image must be a path, a PIL image or uint8[H, W, 3], got {got}")
