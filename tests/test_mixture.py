@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from simvlm.data import prefixes
 from simvlm.data.mixture import Mixture
@@ -66,6 +68,52 @@ def test_every_sample_once_an_epoch_in_another_order(world):
     assert sorted(first) == sorted(second) == list(range(PAIRS))
     assert first != second
     assert sorted(seen[TEXT_ONLY][:DOCUMENTS]) == list(range(DOCUMENTS))
+
+
+class Numbers:
+    """A source that is only counted."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.integers(1, 20), st.integers(1, 20), st.integers(0, 9), st.integers(0, 9), st.integers(1, 9), st.integers(1, 4)
+)
+def test_any_parts_and_workers_see_every_sample_once(pairs, documents, per_step, texts_per_step, ranks, workers):
+    if per_step + texts_per_step < max(ranks, 1):
+        with pytest.raises(ValueError, match=f"a sample for each of its {ranks} parts|at least one pair"):
+            _parts(pairs, documents, per_step, texts_per_step, ranks)
+        return
+    parts = _parts(pairs, documents, per_step, texts_per_step, ranks)
+    (whole,) = _parts(pairs, documents, per_step, texts_per_step, 1)
+    steps = max(-(-pairs // per_step) if per_step else 0, -(-documents // texts_per_step) if texts_per_step else 0)
+    seen = {0: [], 1: []}
+    order = sorted(range(steps), key=lambda step: step % workers)  # each worker's steps, one worker after the other
+    for step in order:
+        shares, all_of_it = [list(part.samples(step)) for part in parts], list(whole.samples(step))
+        for kind in ({0}, {1}, {0, 1}):
+            sizes = {sum(source in kind for source, *_ in share) for share in shares}
+            assert max(sizes) - min(sizes) <= 1, "parts are even"
+        assert all(shares), "no part is empty"
+        for source, count in ((0, per_step), (1, texts_per_step)):
+            joined = [sample for share in shares for sample in share if sample[0] == source]
+            assert joined == [sample for sample in all_of_it if sample[0] == source]
+            assert len(joined) == count
+            seen[source] += [index for _, index, epoch in joined if epoch == 0]
+    for source, per, total in ((0, per_step, pairs), (1, texts_per_step, documents)):
+        if per:
+            assert sorted(seen[source]) == list(range(total))
+
+
+def _parts(pairs, documents, per_step, texts_per_step, ranks):
+    counts = {"pairs_per_step": per_step, "documents_per_step": texts_per_step}
+    sources = (Numbers(pairs), Numbers(documents), None)
+    return [mixture(sources, part=(rank, ranks), **counts) for rank in range(ranks)]
 
 
 def test_another_seed_is_another_order(world):

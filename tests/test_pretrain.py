@@ -348,7 +348,7 @@ def test_too_many_broken_samples_stop_the_run(world, small_mixture, tmp_path, mo
     monkeypatch.setattr(loop, "_ENOUGH_SAMPLES", 8)
     batch = small_mixture.batch
 
-    def broken(step):
+    def broken(step, progress):
         skipped = (Skipped(kind="broken image", shard="a.tar", key=str(step)),)
         return dataclasses.replace(batch(step), skipped=skipped)
 

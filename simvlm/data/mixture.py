@@ -17,10 +17,12 @@ import numpy as np
 
 from simvlm.data import prefixes, spans
 from simvlm.data.prefixes import EOS, Objective
-from simvlm.data.shards import BrokenSample, ImageTextShards, Sample, decode
+from simvlm.data.progress import Progress
+from simvlm.data.shards import BrokenSample, ImageTextShards, Sample, picture
 from simvlm.data.text import Document, TextShards
 from simvlm.data.tokenizer import Tokenizer
-from simvlm.data.transforms import random_resized_crop
+from simvlm.data.transforms import least_side, random_resized_crop
+from simvlm.data.workers import Batches, Pool, Thread
 from simvlm.model.batch import IGNORED, IMAGE_TEXT, TEXT_ONLY, Batch
 
 
@@ -53,7 +55,8 @@ class Mixture:
         max_text_len: tokens of a text at the most; longer ones are cut to a window.
         row_multiple: packed rows are padded to a multiple of it, so that few sizes occur.
         seed: of the order and of everything drawn for a sample.
-        part: (index, count): this mixture assembles the index-th of `count` equal parts of every batch.
+        part: (index, count): this mixture assembles the index-th of `count` parts of every batch. Parts differ by one
+            sample at the most, in pairs, in documents and in all.
         objective: how a text is divided between encoder and decoder. "prefix_lm": at a place that is drawn; "lm": as
             early as can be, after 0 tokens with an image and 1 without; "span_corruption": see spans.py.
         pairs_fraction: the share of the pairs that is used: those that a run over all of them meets first.
@@ -93,39 +96,54 @@ class Mixture:
         self.objective = objective
         self.image_size, self.row_multiple = image_size, row_multiple
         self.max_text_len = spans.longest_text(max_text_len) if objective == "span_corruption" else max_text_len
-        for name in ("pairs_per_step", "documents_per_step"):
-            if getattr(self, name) % part[1]:
-                raise ValueError(
-                    f"Mixture: {name} must be a multiple of the {part[1]} parts, got {getattr(self, name)}"
-                )
+        if self.pairs_per_step + self.documents_per_step < part[1]:
+            got = self.pairs_per_step + self.documents_per_step
+            raise ValueError(f"Mixture: a batch must hold a sample for each of its {part[1]} parts, got {got}")
         self.seed, self.part = seed, part
         self._pair_order = _order(pairs, seed, self.num_pairs) if self.pairs_per_step else None
         self._document_order = _order(documents, seed + 1) if self.documents_per_step else None
 
-    def batch(self, step: int) -> Mixed:
-        """The batch of step `step`, counted from 0."""
+    def batch(self, step: int, progress: Progress | None = None) -> Mixed:
+        """The batch of step `step`, counted from 0.
+
+        Args:
+            progress: is told the sample that is being read.
+        """
+        progress = progress or Progress("")
+        progress.begin(step)
         rows: list[Row] = []
         skipped: list[Skipped] = []
-        for source, order, per_step, read in (
-            (IMAGE_TEXT, self._pair_order, self.pairs_per_step, self._pair),
-            (TEXT_ONLY, self._document_order, self.documents_per_step, self._document),
-        ):
-            index, count = self.part
-            own = per_step // count
-            first = step * per_step + index * own
-            for position in range(first, first + own):
-                assert order is not None
-                index, epoch = int(order[position]), position // len(order)
-                try:
-                    rows.append(read(index, (self.seed, epoch, source, index)))
-                except BrokenSample as broken:
-                    skipped.append(Skipped(kind=broken.kind, shard=broken.shard, key=broken.key))
+        for source, index, epoch in self.samples(step):
+            progress.read(source, index)
+            read = self._pair if source == IMAGE_TEXT else self._document
+            try:
+                rows.append(read(index, (self.seed, epoch, source, index)))
+            except BrokenSample as broken:
+                skipped.append(Skipped(kind=broken.kind, shard=broken.shard, key=broken.key))
         return Mixed(step, pack(rows, self.image_size, self.row_multiple), tuple(skipped))
 
-    def iterate(self, first_step: int, steps: int, prefetch: int = 2) -> Iterator[Mixed]:
-        """The batches of steps first_step … steps-1, assembled ahead in a thread."""
-        remaining = grain.MapDataset.range(first_step, steps).map(self.batch)
-        return iter(remaining.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)))
+    def samples(self, step: int) -> Iterator[tuple[int, int, int]]:
+        """(source, sample id, epoch) of each sample of this part of a step's batch."""
+        spare_pairs = self.pairs_per_step % self.part[1]
+        for source, order, per_step, first_spare in (
+            (IMAGE_TEXT, self._pair_order, self.pairs_per_step, 0),
+            (TEXT_ONLY, self._document_order, self.documents_per_step, spare_pairs),
+        ):
+            for place in _share(per_step, self.part, first_spare):
+                assert order is not None
+                position = step * per_step + place
+                yield source, int(order[position]), position // len(order)
+
+    def iterate(self, first_step: int, steps: int, *, workers: int = 0, prefetch: int = 2) -> Batches:
+        """The batches of steps first_step … steps-1, assembled ahead; the same whatever the number of workers.
+
+        Args:
+            workers: processes that each assemble whole batches; 0: a thread does.
+            prefetch: batches ahead; with processes, beside those that they are assembling.
+        """
+        if workers:
+            return Pool(self, first_step, steps, workers, prefetch)
+        return Thread(self, first_step, steps, prefetch)
 
     def where(self, source: int, index: int) -> tuple[str, str]:
         """(shard, key) of a sample, by its entry in a batch's `sources` and `sample_ids`."""
@@ -137,8 +155,9 @@ class Mixture:
         assert self.pairs is not None
         sample = self.pairs[index]
         text = self._divided(sample, True, key)
-        picture = decode(sample.image_bytes, shard=sample.shard, key=sample.key)
-        return Row(IMAGE_TEXT, index, text, random_resized_crop(picture, self.image_size, *key))
+        least = least_side(self.image_size)
+        image = picture(sample.image_bytes, shard=sample.shard, key=sample.key, least=least)
+        return Row(IMAGE_TEXT, index, text, random_resized_crop(image, self.image_size, *key))
 
     def _document(self, index: int, key: tuple[int, ...]) -> Row:
         assert self.documents is not None
@@ -157,6 +176,14 @@ class Mixture:
         drawn = self.objective == "prefix_lm"
         prefix = prefixes.prefix_length(len(tokens), has_image, *key) if drawn else shortest
         return prefixes.split(tokens, prefix)
+
+
+def _share(total: int, part: tuple[int, int], first_spare: int) -> range:
+    """The places of `total` that a part takes. What the parts do not divide goes to those from `first_spare` on."""
+    index, count = part
+    each, spare = divmod(total, count)
+    sizes = [each + ((other - first_spare) % count < spare) for other in range(index + 1)]
+    return range(sum(sizes[:-1]), sum(sizes))
 
 
 def capacity_step(most: int) -> int:

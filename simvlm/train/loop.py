@@ -26,6 +26,7 @@ import numpy as np
 
 from simvlm.data.mixture import Mixed, Mixture
 from simvlm.data.tokenizer import Tokenizer
+from simvlm.data.workers import Batches
 from simvlm.model.config import SimVLMConfig
 from simvlm.train import checkpoint, progress
 from simvlm.train.held_out import HeldOut
@@ -126,18 +127,17 @@ class Run:
         if self.processes.is_first:
             for name in (LOG, SKIPPED, HELD_OUT):  # what comes after the checkpoint will be written again
                 _keep_until(self.folder / name, self.step)
-        batches = self.mixture.iterate(self.step, settings.steps)
-        doing = getattr(batches, "doing", list)
+        batches = self.mixture.iterate(self.step, settings.steps, workers=settings.data.workers)
         display = progress.Display(self.folder, settings.steps, self.step, quiet=not self.processes.is_first)
         with (
-            contextlib.closing(batches) if hasattr(batches, "close") else contextlib.nullcontext(),
+            contextlib.closing(batches),
             _stop_signals() as stop,
             display,
-            Watchdog(settings.stall_s, display.say, doing) as watchdog,
+            Watchdog(settings.stall_s, display.say, batches.doing) as watchdog,
         ):
             return self._steps(batches, stop, display, watchdog)
 
-    def _steps(self, batches: Iterator[Mixed], stop: list[int], display: progress.Display, watchdog: Watchdog) -> Path:
+    def _steps(self, batches: Batches, stop: list[int], display: progress.Display, watchdog: Watchdog) -> Path:
         settings = self.settings
         window = Window(self.engine.peak_flops)
         while self.step < settings.steps:
@@ -175,7 +175,7 @@ class Run:
             self._look_at_held_out(display)
         return self.save()
 
-    def _next(self, batches: Iterator[Mixed], stops: bool, display: progress.Display) -> tuple[Mixed, Told]:
+    def _next(self, batches: Batches, stops: bool, display: progress.Display) -> tuple[Mixed, Told]:
         """This process's part of the next batch, and what all processes tell of theirs."""
         mixed, said = None, ""
         try:

@@ -150,9 +150,10 @@ def mixture_of(
 ) -> Mixture:
     """The mixture of the settings' shards; this process's part of it."""
     chosen = settings.data
+    say = functools.partial(print, file=sys.stderr, flush=True) if processes.is_first else None
     return Mixture(
-        ImageTextShards(chosen.pairs) if chosen.pairs else None,
-        TextShards(chosen.documents) if chosen.documents else None,
+        ImageTextShards(chosen.pairs, index=chosen.index, say=say) if chosen.pairs else None,
+        TextShards(chosen.documents, index=chosen.index, say=say) if chosen.documents else None,
         tokenizer,
         pairs_per_step=chosen.pairs_per_step,
         documents_per_step=chosen.documents_per_step,

@@ -25,7 +25,7 @@ class DataSettings:
     pairs: tuple[str, ...] = ()
     """tar shards of image-text pairs: paths, globs, {00000..00031}"""
     documents: tuple[str, ...] = ()
-    """jsonl or jsonl.gz shards of texts without pictures"""
+    """jsonl, jsonl.gz, json.gz or parquet shards of texts without pictures"""
     tokenizer: str = ""
     """the SentencePiece model"""
     pairs_per_step: int = 4096
@@ -36,6 +36,10 @@ class DataSettings:
     """share of the pairs that is used: those that a run over all of them would meet first"""
     max_skipped_share: float = 0.05
     """the run stops when more than this share of the samples is broken"""
+    workers: int = 0
+    """processes that assemble batches, of every rank; 0: a thread of the training process"""
+    index: str | None = None
+    """a folder for the index files, where they cannot lie beside the shards; None: beside them"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,6 +179,7 @@ def check(settings: PretrainSettings) -> None:
         "above 0 for one that has shards",
         f"{data.pairs_per_step} and {data.documents_per_step}, with shards of {_sources(data)}",
     )
+    _require("data.workers", data.workers >= 0, "at least 0", data.workers)
     _require("data.fraction", 0 < data.fraction <= 1, "above 0 and at most 1", data.fraction)
     _require("data.max_skipped_share", 0 <= data.max_skipped_share <= 1, "from 0 to 1", data.max_skipped_share)
     _require("optimizer.lr", optimizer.lr > 0, "above 0", optimizer.lr)
