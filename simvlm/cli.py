@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--variants", action="store_true", help="the model's sizes and their parameter counts instead")
     doctor.set_defaults(run=_doctor)
 
-    data = commands.add_parser("data", help="the generated world, and a tokenizer for any text")
+    data = commands.add_parser("data", help="shards: indices, a report, a tokenizer, the generated world")
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
     world = actions.add_parser("world", help="write pictures, captions and documents as shards")
     world.add_argument("folder")
@@ -76,9 +76,27 @@ def _parser() -> argparse.ArgumentParser:
     tokenizer = actions.add_parser("tokenizer", help="train SentencePiece on the texts of shards")
     tokenizer.add_argument("path", help="where the model is written")
     tokenizer.add_argument("--pairs", nargs="+", help="tar shards: paths, globs, {00..31}")
-    tokenizer.add_argument("--documents", nargs="+", help="jsonl or jsonl.gz shards")
+    tokenizer.add_argument("--documents", nargs="+", help="jsonl, json.gz or parquet shards")
+    tokenizer.add_argument("--folder", help="of the index files (default: beside the shards)")
     tokenizer.add_argument("--vocab-size", type=int, default=32_000, help="pieces (default: %(default)s)")
     tokenizer.set_defaults(run=_data_tokenizer)
+
+    shards = "tar shards or documents: paths, globs, {00..31}"
+    index = actions.add_parser("index", help="scan shards once, so that no run has to")
+    index.add_argument("pattern", nargs="+", metavar="PATTERN", help=shards)
+    index.add_argument("--folder", help="of the index files (default: beside the shards)")
+    index.add_argument("--workers", type=int, default=0, help="processes (default: one for each core)")
+    index.set_defaults(run=_data_index)
+    report = actions.add_parser("report", help="read every sample: counts, sizes, lengths, hashes, what is broken")
+    report.add_argument("pattern", nargs="+", metavar="PATTERN", help=shards)
+    report.add_argument("--folder", help="of the index files (default: beside the shards)")
+    report.add_argument("--tokenizer", metavar="MODEL", help="count tokens too")
+    report.add_argument("--workers", type=int, default=0, help="processes (default: one for each core)")
+    report.add_argument(
+        "--max-broken", type=float, default=0.05, metavar="SHARE", help="fail above it (default: %(default)s)"
+    )
+    report.add_argument("--out", metavar="FILE", help="write it as JSON too")
+    report.set_defaults(run=_data_report)
 
     pretrain = commands.add_parser("pretrain", help="train on image-text pairs and documents (--help: all settings)")
     pretrain.set_defaults(run=_pretrain)
@@ -167,9 +185,21 @@ def _data_tokenizer(arguments: argparse.Namespace) -> str:
 
     if not (arguments.pairs or arguments.documents):
         raise ValueError("data tokenizer: --pairs or --documents must name the texts, got neither")
-    return data_tokenizer(
-        arguments.path, pairs=arguments.pairs, documents=arguments.documents, vocab_size=arguments.vocab_size
-    )
+    options = {name: getattr(arguments, name) for name in ("pairs", "documents", "folder", "vocab_size")}
+    return data_tokenizer(arguments.path, **options)
+
+
+def _data_index(arguments: argparse.Namespace) -> str:
+    from simvlm.data.commands import data_index
+
+    return data_index(arguments.pattern, folder=arguments.folder, workers=arguments.workers)
+
+
+def _data_report(arguments: argparse.Namespace) -> str:
+    from simvlm.data.commands import data_report
+
+    options = {name: getattr(arguments, name) for name in ("folder", "tokenizer", "workers", "max_broken", "out")}
+    return data_report(arguments.pattern, **options)
 
 
 def _pretrain(arguments: argparse.Namespace) -> str:
