@@ -66,6 +66,13 @@ class _Run:
             raise _Missing
         return statistics.mean(found)
 
+    def fact(self, case: str, dtype: str, direction: str, name: str) -> float:
+        """What a contest found beside its times."""
+        found = self._contest(case, dtype, direction).get("facts", {})
+        if name not in found:
+            raise _Missing
+        return found[name]
+
     def fastest(self, case: str, dtype: str, direction: str) -> dict[str, Any]:
         """The peer with the shortest time."""
         rows = self._contest(case, dtype, direction)["rows"]
@@ -86,6 +93,8 @@ def goals(contests: Iterable[Contest], op: str, device: str) -> list[Goal]:
         return [goal for dtype in DTYPES for goal in _attention(run, dtype)]
     if op == "jax_attention":
         return [goal for dtype in DTYPES for goal in _jax_attention(run, dtype)]
+    if op == "data":
+        return list(_data(run))
     return [_ratio(run, dtype, *row) for row in _RATIOS.get(op, ()) for dtype in DTYPES]
 
 
@@ -190,6 +199,23 @@ def _attention(run: _Run, dtype: str) -> Iterable[Goal]:
         return gain / (products[0] / products[1])
 
     yield goal("pretrain: what all threads gain over one, against the same of a plain product", 0.95, scaling)
+
+
+def _data(run: _Run) -> Iterable[Goal]:
+    case, dtype, direction = "photographs", "float32", "step"
+
+    def fact(name: str) -> float:
+        return run.fact(case, dtype, direction, name)
+
+    yield _ratio(run, dtype, case, direction, "Pillow alone", 0.9)
+    million = "1,000,000 indexed pairs: a fresh process until it knows the first 4,096 keys"
+    yield _goal(f"{million}, imports included", dtype, 5.0, lambda: fact("start_s"), at_most=True, unit="s")
+    yield _goal(f"{million}, resident memory", dtype, 500.0, lambda: fact("start_mib"), at_most=True, unit="MiB")
+    for pairs in (64, 512, 4096):
+        what = f"rows that hold something, image tokens among them, in batches of {pairs:,} pairs, an eighth documents"
+        yield _goal(what, dtype, 0.97, lambda pairs=pairs: fact(f"fill_{pairs}"), unit="")  # type: ignore[misc]
+        what = f"the same of text alone, {pairs:,} pairs"
+        yield _goal(what, dtype, 0.97, lambda pairs=pairs: fact(f"text_fill_{pairs}"), unit="")  # type: ignore[misc]
 
 
 def _jax_attention(run: _Run, dtype: str) -> Iterable[Goal]:

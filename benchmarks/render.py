@@ -97,8 +97,10 @@ CONSOLE = ("samples/s", "median ms", "p20–p80", "× ours", "GFLOP/s", "GB/s", 
 
 
 def columns(report: Report) -> tuple[tuple[str, Callable[[Row], str]], ...]:
-    counted = any("samples_per_s" in row for row in contestants(report).values())
-    return (*COLUMNS, *STEP_COLUMNS) if counted else COLUMNS
+    rows = contestants(report).values()
+    if not any("samples_per_s" in row for row in rows):
+        return COLUMNS
+    return (*COLUMNS, *STEP_COLUMNS) if any(row.get("gflops") for row in rows) else (*COLUMNS, *STEP_COLUMNS[:1])
 
 
 def device(report: Report) -> str:
@@ -267,7 +269,7 @@ def markdown(report: Report, op: str) -> str:
             else []
         ),
         *(GPU_NOTES if device(report) == "cuda" else []),
-        *(STEP_NOTES if columns(report) != COLUMNS else []),
+        *(STEP_NOTES if STEP_COLUMNS[1] in columns(report) else []),
         "* **extra MiB**: resident memory of the process at its peak during one warm call, less what was resident "
         "before, results included (GPU: torch's allocator). **first call** includes compilation.",
         "* **error**: rms of the output's error against the reference in float64, divided by the output's rms.",

@@ -18,6 +18,7 @@ import torch
 from benchmarks import (
     bench_attention,
     bench_batch_norm,
+    bench_data,
     bench_demo_step,
     bench_embed,
     bench_jax_attention,
@@ -386,7 +387,7 @@ def test_benchmark_cases_of_the_stem_have_the_models_shapes() -> None:
     assert bench_embed.described(embeds["base_b8"]) == (
         "8 sequences, packed, 8 images of 14×14 patches, 32–256 text rows, 1024 channels, width 768"
     )
-    for module in (bench_batch_norm, bench_embed, bench_jax_attention, bench_stem_step, bench_demo_step):
+    for module in (bench_batch_norm, bench_data, bench_embed, bench_jax_attention, bench_stem_step, bench_demo_step):
         assert module.selection([], [], quick=True)
         with pytest.raises(ValueError, match="case must be"):
             module.selection(["nonsense"], [], quick=False)
@@ -422,6 +423,9 @@ def test_slug_of_a_processor(monkeypatch: pytest.MonkeyPatch) -> None:
             marks=pytest.mark.full,
         ),
         ("stem_step", "demo_b32", ("step",), ("nn.BatchNorm2d", "the column error tells")),
+        pytest.param(
+            "data", "photographs", ("step",), ("webdataset", "Pillow alone", "resident memory"), marks=pytest.mark.full
+        ),
         pytest.param("demo_step", "demo", ("step",), ("invisible pairs", "4 documents"), marks=pytest.mark.full),
     ],
 )

@@ -67,7 +67,7 @@ def _made(shard: str, *, folder: str | None) -> tuple[str, dict[str, Any] | None
     broken = 0
     if shard.endswith(".tar"):
         sizes = made.array("places")[:, :, 1]
-        broken = int(((sizes[:, 0] <= 0) | (sizes[:, 1:].max(1, initial=-1) <= 0)).sum())
+        broken = int(((sizes[:, 0] <= 0) | (sizes[:, 1:3].max(1, initial=-1) <= 0)).sum())
     return "", {"shard": shard, "samples": made.count, "cut": made.cut, "broken": broken}
 
 

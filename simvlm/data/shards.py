@@ -87,7 +87,8 @@ class ImageTextShards:
             BrokenSample: it has no image, no text or an empty one.
         """
         shard, index, row = self._locate(i)
-        key, (image, text, meta) = _key(index, row), index.rows("places", row, row + 1)[0]
+        image, text, meta, name = index.rows("places", row, row + 1)[0].tolist()
+        key = _key(index, name)
         if image[1] <= 0:
             raise BrokenSample("no image", shard, key)
         with open(shard, "rb") as file:
@@ -96,21 +97,21 @@ class ImageTextShards:
     def where(self, i: int) -> tuple[str, str]:
         """(shard, key) of pair i."""
         shard, index, row = self._locate(i)
-        return shard, _key(index, row)
+        return shard, _key(index, index.rows("places", row, row + 1)[0, 3].tolist())
 
     def text(self, i: int) -> str:
         """The text of pair i alone."""
         shard, index, row = self._locate(i)
-        _, text, meta = index.rows("places", row, row + 1)[0]
+        _, text, meta, name = index.rows("places", row, row + 1)[0].tolist()
         with open(shard, "rb") as file:
-            return _text(file, text, meta, shard, _key(index, row))
+            return _text(file, text, meta, shard, _key(index, name))
 
     def metadata(self, i: int) -> dict[str, Any]:
         """The json of pair i; {} where it has none."""
         shard, index, row = self._locate(i)
-        meta = index.rows("places", row, row + 1)[0, 2]
+        _, _, meta, name = index.rows("places", row, row + 1)[0].tolist()
         with open(shard, "rb") as file:
-            return _json(file, meta, shard, _key(index, row)) if meta[1] > 0 else {}
+            return _json(file, meta, shard, _key(index, name)) if meta[1] > 0 else {}
 
     def _locate(self, i: int) -> tuple[str, ShardIndex, int]:
         if not 0 <= i < len(self):
@@ -164,12 +165,12 @@ def picture(image_bytes: bytes, *, shard: str = "", key: str = "", least: int | 
         raise BrokenSample("broken image", shard, key) from error
 
 
-def _read(file: io.BufferedReader, place: np.ndarray) -> bytes:
-    file.seek(int(place[0]))
-    return file.read(int(place[1]))
+def _read(file: io.BufferedReader, place: Sequence[int]) -> bytes:
+    file.seek(place[0])
+    return file.read(place[1])
 
 
-def _text(file: io.BufferedReader, text: np.ndarray, meta: np.ndarray, shard: str, key: str) -> str:
+def _text(file: io.BufferedReader, text: Sequence[int], meta: Sequence[int], shard: str, key: str) -> str:
     if text[1] >= 0:
         caption: Any = _read(file, text).decode(errors="replace")
     elif meta[1] >= 0:
@@ -181,7 +182,7 @@ def _text(file: io.BufferedReader, text: np.ndarray, meta: np.ndarray, shard: st
     return caption.strip()
 
 
-def _json(file: io.BufferedReader, place: np.ndarray, shard: str, key: str) -> dict[str, Any]:
+def _json(file: io.BufferedReader, place: Sequence[int], shard: str, key: str) -> dict[str, Any]:
     try:
         found = json.loads(_read(file, place))
     except ValueError as error:
@@ -209,12 +210,11 @@ def _braces(pattern: str) -> Iterator[str]:
 
 
 def scan(shard: str) -> Scan:
-    """Of each sample: its key, and (offset, size) of image, txt and json, size -1 where it has none.
-
-    A sample is a run of members with one name before the dot.
+    """Of each sample: (offset, size) of image, txt and json in the shard, size -1 where it has none, and of its key in
+    `keys`. A sample is a run of members with one name before the dot.
     """
     size, end, last = os.path.getsize(shard), 0, None
-    keys, key_ends, places = bytearray(), array("q", [0]), array("q")
+    keys, places = bytearray(), array("q")
     with open(shard, "rb") as file:
         for member in _members(file):
             end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
@@ -228,30 +228,24 @@ def scan(shard: str) -> Scan:
             if which is None:
                 continue
             if last != key:
-                last = key
-                keys += key.encode(errors="surrogateescape")
-                key_ends.append(len(keys))
-                places.extend([0, -1] * 3)
-            row = 6 * (len(key_ends) - 2) + 2 * which
+                last, encoded = key, key.encode(errors="surrogateescape")
+                places.extend([0, -1] * 3 + [len(keys), len(encoded)])
+                keys += encoded
+            row = len(places) - 8 + 2 * which
             places[row], places[row + 1] = member.offset_data, member.size
         # A whole archive ends with two blocks of zeros.
         file.seek(end)
         cut = file.read(2 * _BLOCK) != bytes(2 * _BLOCK)
-    if cut and places and (places[-5] < 0 or max(places[-3], places[-1]) < 0):
+    if cut and places and (places[-7] < 0 or max(places[-5], places[-3]) < 0):
         # What the cut took from its last sample is the shard's fault, not the sample's.
-        key_ends.pop()
-        del places[-6:], keys[key_ends[-1] :]
-    arrays: dict[str, np.ndarray] = {
-        "places": np.array(places, np.int64).reshape(-1, 3, 2),
-        "key_ends": np.array(key_ends, np.int64),
-        "keys": np.frombuffer(keys, np.uint8),
-    }
-    return Scan(count=len(key_ends) - 1, cut=cut, arrays=arrays)
+        del places[-8:]
+    rows = np.array(places, np.int64).reshape(-1, 4, 2)
+    return Scan(count=len(rows), cut=cut, arrays={"places": rows, "keys": np.frombuffer(keys, np.uint8)})
 
 
-def _key(index: ShardIndex, row: int) -> str:
-    first, end = index.rows("key_ends", row, row + 2).tolist()
-    return index.rows("keys", first, end).tobytes().decode(errors="surrogateescape")
+def _key(index: ShardIndex, name: Sequence[int]) -> str:
+    start, size = name
+    return index.rows("keys", start, start + size).tobytes().decode(errors="surrogateescape")
 
 
 def _members(file: io.BufferedReader) -> Iterator[tarfile.TarInfo]:
