@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import re
 import shutil
 import signal
@@ -381,6 +382,16 @@ def test_a_run_writes_what_describes_it(world, tmp_path):
     assert tokenizer.vocab_size == VOCABULARY
     with pytest.raises(FileExistsError, match="holds a run already; --resume"):
         pretrain(settings_of(world, tmp_path / "run"))
+
+
+def test_worker_processes_change_nothing(world, tmp_path, capsys):
+    settings = settings_of(world, tmp_path / "thread", steps=3)
+    pretrain(settings)
+    data = dataclasses.replace(settings.data, workers=2, index=str(tmp_path / "index"))
+    pretrain(dataclasses.replace(settings, out=str(tmp_path / "workers"), data=data))
+    assert "2 of 2 shards have no index: scanning them" in capsys.readouterr().err
+    assert log_of(tmp_path / "workers") == log_of(tmp_path / "thread")
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize("change", ["tokenizer", "model", "data"])

@@ -16,6 +16,7 @@ import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save
@@ -101,13 +102,14 @@ class _File:
         if self._begin + max(x["data_offsets"][1] for x in header.values()) != size:
             raise ValueError(f"{path} must be a whole index file, got a part")
         self._arrays = {
-            name: (_DTYPES[x["dtype"]], tuple(x["shape"]), x["data_offsets"][0]) for name, x in header.items()
+            # dtype, rows, shape of a row, bytes of a row, place of the first
+            name: (_DTYPES[x["dtype"]], x["shape"][0], x["shape"][1:], _row_bytes(x), x["data_offsets"][0])
+            for name, x in header.items()
         }
 
     def rows(self, name: str, first: int, end: int | None) -> np.ndarray:
-        dtype, (count, *inner), offset = self._arrays[name]
+        dtype, count, inner, size, offset = self._arrays[name]
         stop = count if end is None else min(end, count)
-        size = dtype.itemsize * math.prod(inner)
         content = self._read(self._begin + offset + first * size, max(stop - first, 0) * size)
         found: np.ndarray = np.frombuffer(content, dtype)
         return found.reshape(-1, *inner)
@@ -117,6 +119,10 @@ class _File:
         if len(content) < size:
             raise OSError(f"{self._path} ends too early: remove it, and the next start makes it anew")
         return content
+
+
+def _row_bytes(array: dict[str, Any]) -> int:
+    return _DTYPES[array["dtype"]].itemsize * math.prod(array["shape"][1:])
 
 
 @functools.lru_cache(maxsize=_OPEN)

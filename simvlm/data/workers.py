@@ -155,7 +155,7 @@ class Pool:
                     if isinstance(found, _Failure):
                         raise found.error()
                     return found.mixed(reduction.recv_handle(worker.pipe))
-                except EOFError:
+                except (EOFError, ConnectionError):
                     raise self._died(worker) from None
 
     def _died(self, worker: _Worker) -> DataError:
@@ -194,7 +194,7 @@ def _stop(workers: list[_Worker]) -> None:
         worker.pipe.close()
         worker.process.kill()  # it has no state to save
     for worker in workers:
-        worker.process.join()
+        worker.process.join(5)  # one that a file server keeps waiting does not even hear that
 
 
 # ---- in a worker -----------------------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ def _work(mixture: Mixture, pipe: Any, progress: Progress) -> None:
                 finally:
                     os.close(memory)
             progress.rest()
-    except (EOFError, BrokenPipeError, ConnectionResetError):
+    except (EOFError, ConnectionError):
         return
 
 
