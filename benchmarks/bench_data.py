@@ -24,7 +24,7 @@ from benchmarks import data_problem
 from benchmarks.contest import Contestant, Stopwatch
 from benchmarks.record import Settings, Subject, record
 from simvlm.data import prefixes
-from simvlm.data.mixture import Mixture, Row, capacity_step, pack
+from simvlm.data.mixture import FINE, Mixture, Row, capacity_step, pack
 from simvlm.data.shards import ImageTextShards
 from simvlm.data.tokenizer import train_tokenizer
 from simvlm.data.transforms import least_side, random_resized_crop
@@ -174,6 +174,6 @@ def _rows(pairs: int, documents: int) -> tuple[int, int, int]:
         source = IMAGE_TEXT if place < pairs else TEXT_ONLY
         prefix = prefixes.prefix_length(length, source == IMAGE_TEXT, place)
         rows.append(Row(source, place, prefixes.split([7] * length, prefix), None))
-    batch = pack(rows, SIZE, capacity_step((pairs + documents) * base.max_text_len))
+    batch = pack(rows, SIZE, capacity_step((pairs + documents) * base.max_text_len, FINE))
     real = int(batch.encoder_text_lens.sum() + batch.decoder_lens.sum())
     return real, batch.encoder_text.size + batch.targets.size, pairs * base.image_len

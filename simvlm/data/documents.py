@@ -12,10 +12,13 @@ from collections.abc import Sequence
 
 from simvlm.data.captions import NUMBERS, PHRASES, PROMPT, noun, with_article
 from simvlm.data.draws import Draws
+from simvlm.data.quiz import quiz
 from simvlm.data.scenes import OPPOSITE, Scene, Shape, relation, sample_scene
 
 GERMAN_PROMPT = "Ein Bild von"
 LANGUAGES = ("en", "de", "en-de")
+QUIZ_PERCENT = 80
+"""of English documents, that ask about what they say"""
 
 _KINDS = {
     "circle": "Kreis",
@@ -79,6 +82,9 @@ def document(seed: int, lang: str) -> Document:
     draws = Draws("document", lang, seed)
     scene = sample_scene(draws.below(2**62), objects=draws.choose((1, 2, 2, 3, 3)))
     facts = _facts(scene, draws)
+    if lang == "en" and draws.chance(QUIZ_PERCENT):
+        told = [facts[0], *draws.shuffled([*map(_texture, scene.shapes), *_distant(scene)])]
+        return Document(" ".join([_sentences([fact.english for fact in told]), *quiz(scene, draws)]), lang)
     if lang == "en-de":
         fact = facts[0] if draws.chance(50) else draws.choose(facts)
         return Document(f"English: {_sentences([fact.english])} German: {_sentences([fact.german])}", lang)
@@ -131,6 +137,12 @@ def _texture(shape: Shape) -> _Fact:
 
 def _size(shape: Shape) -> _Fact:
     return _Fact(f"the {_name(shape)} is {shape.size}", f"{_german_name(shape)} ist {_ADJECTIVES[shape.size]}")
+
+
+def _distant(scene: Scene) -> list[_Fact]:
+    """The relations of shapes that are no neighbours in the picture's own sentence."""
+    shapes = sorted(scene.shapes, key=lambda shape: shape.x)
+    return [_related(shapes[0], shapes[2])] if len(shapes) > 2 and _name(shapes[0]) != _name(shapes[2]) else []
 
 
 def _related(a: Shape, b: Shape) -> _Fact:

@@ -186,9 +186,15 @@ def _share(total: int, part: tuple[int, int], first_spare: int) -> range:
     return range(sum(sizes[:-1]), sum(sizes))
 
 
-def capacity_step(most: int) -> int:
-    """Steps of a batch's capacity: so large that few of the sizes up to `most` rows occur, at the least 64."""
-    return max(64, 1 << max(most // 64, 1).bit_length())
+FINE, COARSE = 1024, 64
+"""Sizes of a batch, up to that of texts which are all as long as can be. Captions are a tenth of that: fine steps leave
+2 % of their rows empty. Coarse ones are for what is compiled for each size that occurs."""
+
+
+def capacity_step(most: int, sizes: int) -> int:
+    """Steps of a batch's capacity, a power of 2: so large that at most `sizes` sizes up to `most` rows occur, at the
+    least 64."""
+    return max(64, 1 << max(most // sizes, 1).bit_length())
 
 
 @dataclasses.dataclass(frozen=True)

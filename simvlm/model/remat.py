@@ -33,12 +33,13 @@ def _contexts(remat: str) -> tuple[Any, Any]:
     first, second = contextlib.nullcontext(), _recomputing()
     if remat == "layer":
         return first, second
-    selects, replays = create_selective_checkpoint_contexts(_kept())
+    selects, replays = create_selective_checkpoint_contexts(kept_operations())
     return selects, _both(replays, second)
 
 
 @functools.cache
-def _kept() -> list[Any]:
+def kept_operations() -> list[Any]:
+    """Those whose results "dots" keeps."""
     aten, own = torch.ops.aten, torch.ops.simvlm
     kept = [aten.mm, aten.addmm, aten.convolution, own.prefix_attention]
     return [op.default for op in kept]

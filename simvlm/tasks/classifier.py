@@ -12,6 +12,7 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
 from simvlm.data.tokenizer import Tokenizer
@@ -25,7 +26,7 @@ HEAD, TASK = "head.safetensors", "task.json"
 class Classifier(nn.Module):
     """logits = head(state of the decoder's last row), of `sequences` states side by side.
 
-    The head starts at zero: at the first step all labels are equally likely, whatever the model's states are.
+    The head starts at zero: at the first step the model's states say nothing.
 
     Args:
         model: pretrained or not.
@@ -46,6 +47,11 @@ class Classifier(nn.Module):
         hidden = self.model(inputs, noise)
         last = hidden[inputs.decoder_lens.cumsum(0) - 1]
         return self.head(last.reshape(-1, self.head.in_features))
+
+    def set_prior(self, frequencies: Tensor) -> None:
+        """Starts with sigmoid(logits) = frequencies, float[C], so that no step is spent on learning them."""
+        with torch.no_grad():
+            self.head.bias.copy_(torch.logit(frequencies, eps=1e-4))
 
     def save(self, folder: Path, tokenizer: Tokenizer) -> None:
         """Writes the model's folder, and the head into it."""

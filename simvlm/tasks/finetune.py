@@ -145,7 +145,10 @@ class _Run:
         self.model = model
         self.module: nn.Module = model
         if labels:
-            self.module = Classifier(model, labels, task.sequences, task=task.name).to(self.device)
+            classifier = Classifier(model, labels, task.sequences, task=task.name).to(self.device)
+            if task.head == "answers":
+                classifier.set_prior(_frequencies(teaching, len(labels)))
+            self.module = classifier
         for name in settings.freeze:
             if not isinstance(part := getattr(model, name, self), (nn.Module, nn.Parameter, type(None))):
                 raise ValueError(f"freeze must name parts of the model, got {name!r}")
@@ -292,6 +295,15 @@ def _start(settings: FinetuneSettings) -> tuple[SimVLM, Tokenizer]:
     wanted = PretrainSettings(out="", variant=settings.variant, image_size=settings.image_size)
     # Statistics that nothing gathered are gathered now.
     return SimVLM(model_config(wanted, tokenizer.vocab_size), **rates), tokenizer
+
+
+def _frequencies(targets: list[Target], labels: int) -> Tensor:
+    """The mean score of each answer."""
+    total = torch.zeros(labels)
+    for target in targets:
+        for label, score in target.scores.items():
+            total[label] += score
+    return total / len(targets)
 
 
 def _targets(task: Task, split: Split, labels: tuple[str, ...]) -> list[Target]:

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from simvlm.data.mixture import Mixed
+from simvlm.data.mixture import COARSE, Mixed
 from simvlm.data.tokenizer import Tokenizer
 from simvlm.kernels import OPS
 from simvlm.kernels.dispatch import did_you_mean
@@ -67,7 +67,7 @@ class JaxEngine:
         self.step_of = TrainStep(config, execution, settings.optimizer, settings.loss_weights)
         self.config, self._weights = config, np.array(settings.loss_weights)
         self.state = self.step_of.initial(settings.seed)
-        self._multiple = row_multiple(settings, config.max_text_len, self._units * self._accumulate)
+        self._multiple = row_multiple(settings, config.max_text_len, self._units * self._accumulate, COARSE)
 
     def step(self, mixed: Mixed, lr: float, tokens: np.ndarray) -> StepLoss:
         """One step of the optimizer.

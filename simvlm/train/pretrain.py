@@ -29,6 +29,10 @@ _DESCRIPTION = """Pretraining: PrefixLM, or the objectives and architectures tha
 
 --config FILE takes the settings of a YAML file, as run.yaml of a run's folder; options given beside it win.
 --resume FOLDER goes on with the run in that folder, with its own settings; options given beside it win.
+--dry-run N trains nothing: it tells what each of N processes would hold, and how long they would take; --on H100: on
+that GPU, not on this machine.
+
+torchrun starts several processes: torchrun --nproc-per-node 8 --no-python simvlm pretrain …
 """
 
 
@@ -167,6 +171,19 @@ def mixture_of(
     )
 
 
+def dry_run(settings: PretrainSettings, processes: int, on: str) -> str:
+    """What a run of so many processes would read, hold and take; nothing is written. See dry_run.py."""
+    from simvlm.train import dry_run as planned
+
+    run_settings.check(settings)
+    if processes < 1:
+        raise ValueError(f"--dry-run must be a number of processes, at least 1, got {processes}")
+    tokenizer = Tokenizer(settings.data.tokenizer)
+    config = model_config(settings, tokenizer.vocab_size)
+    sample = mixture_of(planned.sample_settings(settings), tokenizer, config).batch(0).batch
+    return planned.report(settings, config, mixture_of(settings, tokenizer, config), sample, processes, on)
+
+
 def main(argv: Sequence[str]) -> str:
     """`simvlm pretrain …`: options over a YAML file over defaults; returns what to print."""
     import tyro
@@ -174,6 +191,8 @@ def main(argv: Sequence[str]) -> str:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
     parser.add_argument("--resume")
+    parser.add_argument("--dry-run", type=int)
+    parser.add_argument("--on", default="")
     files, options = parser.parse_known_args(argv)
     default: dict[str, Any] = {}
     if files.resume is not None and files.config is not None:
@@ -190,4 +209,6 @@ def main(argv: Sequence[str]) -> str:
         description=_DESCRIPTION,
         **default,
     )
+    if files.dry_run is not None:
+        return dry_run(settings, files.dry_run, files.on)
     return f"trained: {pretrain(settings, resume=files.resume is not None)}"

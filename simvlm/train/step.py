@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from simvlm.data.mixture import capacity_step
+from simvlm.data.mixture import FINE, capacity_step
 from simvlm.train.settings import PretrainSettings
 
 
@@ -37,8 +37,7 @@ class Diverged(Exception):
         self.value, self.rows = value, list(rows)
 
 
-def row_multiple(settings: PretrainSettings, max_text_len: int, parts: int) -> int:
-    """What the packed rows of each of `parts` equal parts of a batch are padded to a multiple of, so that few sizes
-    occur."""
+def row_multiple(settings: PretrainSettings, max_text_len: int, parts: int, sizes: int = FINE) -> int:
+    """What the packed rows of each of `parts` equal parts of a batch are padded to a multiple of."""
     samples = settings.data.pairs_per_step + settings.data.documents_per_step
-    return capacity_step(-(-samples // parts) * max_text_len)
+    return capacity_step(-(-samples // parts) * max_text_len, sizes)

@@ -50,5 +50,9 @@ def peak_flops(device: torch.device, precision: Precision) -> float | None:
     """Of products, a second; None where it is not known."""
     if device.type != "cuda" or precision != "bfloat16":
         return None
-    name = torch.cuda.get_device_name(device)
+    return peak_flops_of(torch.cuda.get_device_name(device))
+
+
+def peak_flops_of(name: str) -> float | None:
+    """Of a GPU by its name, in bfloat16, a second."""
     return next((flops for part, flops in _BF16_FLOPS if part in name), None)

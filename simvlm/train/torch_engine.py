@@ -24,6 +24,7 @@ from simvlm.train.optim import adamw
 from simvlm.train.settings import PretrainSettings
 from simvlm.train.step import Diverged, StepLoss, row_multiple
 from simvlm.train.torch_device import device_of, peak_flops, precision_of
+from simvlm.train.torch_profile import Profile
 from simvlm.train.torch_ranks import Ranks, lost_processes
 from simvlm.train.torch_state import TorchState
 
@@ -67,6 +68,7 @@ class TorchEngine:
         self.state = TorchState(self.model, config, self.optimizer, self.ema, group, is_first=self.processes.is_first)
         one = peak_flops(self.device, self.precision)
         self.peak_flops = None if one is None else one * self.processes.count
+        self._profile = Profile(settings.profile, Path(settings.out), self.processes.index)
         self._weights = np.array(settings.loss_weights)
         self._max_grad_norm = settings.optimizer.max_grad_norm
         self._accumulate, self._ema, self._impl = settings.accumulate, settings.ema, settings.impl
@@ -84,6 +86,7 @@ class TorchEngine:
             Diverged: loss or gradient is not finite; model and optimizer are as they were before.
             ProcessLost: another process is gone.
         """
+        self._profile.before(mixed.step)
         # The forward pass moves BatchNorm's running statistics.
         statistics = [buffer.clone() for buffer in self.model.buffers()]
         rows = units.split(mixed.batch, self._accumulate)
@@ -116,6 +119,7 @@ class TorchEngine:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self._average()
+        self._profile.after(mixed.step)
         return StepLoss(nll=np.array([image_text, text_only]), grad_norm=norm)
 
     def _nll(self, batch: Batch) -> tuple[Tensor, Tensor]:
