@@ -101,6 +101,13 @@ def _parser() -> argparse.ArgumentParser:
     pretrain = commands.add_parser("pretrain", help="train on image-text pairs and documents (--help: all settings)")
     pretrain.set_defaults(run=_pretrain)
 
+    export = commands.add_parser("export", help="the model of a run's checkpoint as a folder of its own")
+    export.add_argument("source", metavar="RUN", help="the run's folder, or that of one of its checkpoints")
+    export.add_argument("folder", metavar="FOLDER", help="where the model goes")
+    export.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
+    export.add_argument("--ema", action="store_true", help="the weights' average (of a run with --ema)")
+    export.set_defaults(run=_export)
+
     finetune = commands.add_parser("finetune", help="train a model on one benchmark (--help: all settings)")
     finetune.set_defaults(run=_finetune)
     evaluate = commands.add_parser("eval", help="score a model or predictions on one benchmark (--help: all settings)")
@@ -206,6 +213,12 @@ def _pretrain(arguments: argparse.Namespace) -> str:
     from simvlm.train.pretrain import main as pretrain
 
     return pretrain(arguments.settings)
+
+
+def _export(arguments: argparse.Namespace) -> str:
+    from simvlm.train.export import export
+
+    return export(arguments.source, arguments.folder, step=arguments.step, ema=arguments.ema)
 
 
 def _finetune(arguments: argparse.Namespace) -> str:

@@ -95,7 +95,7 @@ class Saving:
             _to_disk(path)
         self._aside.replace(self.target)
         _to_disk(self.target.parent)
-        for _, old in _all(self.run)[: -self.keep]:
+        for _, old in all_of(self.run)[: -self.keep]:
             # Under another name first: half a folder must not pass for a checkpoint.
             shutil.rmtree(old.replace(old.with_name(old.name + ".old")), ignore_errors=True)
 
@@ -115,7 +115,7 @@ class Saving:
 
 def newest(run: Path) -> tuple[int, Path] | None:
     """(step, folder) of the last whole checkpoint."""
-    found = _all(run)
+    found = all_of(run)
     return found[-1] if found else None
 
 
@@ -136,7 +136,8 @@ def write_whole(path: Path, text: str) -> None:
         raise
 
 
-def _all(run: Path) -> list[tuple[int, Path]]:
+def all_of(run: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every whole checkpoint, ascending."""
     named = ((_NAME.fullmatch(path.name), path) for path in run.glob("checkpoints/step-*"))
     return sorted((int(match[1]), path) for match, path in named if match)
 

@@ -91,7 +91,9 @@ class HeldOut:
                 pictures.append(resize(decode(sample.image_bytes), self.config.image_size))
                 references.append(sample.text)
         prompts = [self.tokenizer.encode(PROMPT)] * len(pictures)
-        texts = [self.tokenizer.decode(written.tokens) for written in model.generate(pictures, prompts)]
+        most = min(30, self.config.max_text_len - len(self.tokenizer.encode(PROMPT)))
+        generated = model.generate(pictures, prompts, max_len=most)
+        texts = [self.tokenizer.decode(written.tokens) for written in generated]
         return [
             Caption(picture, f"{PROMPT} {text}", reference)
             for picture, text, reference in zip(pictures, texts, references, strict=True)

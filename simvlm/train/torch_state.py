@@ -22,8 +22,9 @@ from simvlm.data.tokenizer import Tokenizer
 from simvlm.model import folder as folders
 from simvlm.model.config import SimVLMConfig
 from simvlm.model.folder import METADATA
+from simvlm.train.export import EMA
 
-DCP, EMA = "dcp", "ema.safetensors"
+DCP = "dcp"
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # a run of one process
 
