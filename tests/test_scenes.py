@@ -40,7 +40,7 @@ from simvlm.data.scenes import (
 from simvlm.data.shards import ImageTextShards
 from simvlm.data.world import write_world
 
-GOLDEN = "7441f0ee8a5ad988b2afb7542dd867c643a12b78186feed769318c617e788f07"
+GOLDEN = "bfed3acf0f56127fd7b21705661af525545873ba4b87ea10d3f2334507a23d8e"
 
 
 def fingerprint() -> str:
