@@ -20,7 +20,7 @@ from simvlm.train.settings import DataSettings, PretrainSettings
 
 VOCABULARY = 400
 CONFIG = dataclasses.replace(TINY, vocab_size=VOCABULARY)
-TIMES = ("step_s", "samples_per_s", "tokens_per_s", "data_wait_share", "model_tflops_per_s", "memory_gib")
+TIMES = ("step_s", "samples_per_s", "tokens_per_s", "data_wait_share", "model_tflops_per_s", "memory_gib", "loop_share")
 
 
 def make_world(folder):

@@ -32,6 +32,7 @@ from simvlm.kernels import implementations
 from simvlm.model.config import SimVLMConfig
 from simvlm.model.weights import load
 from simvlm.train import loop
+from simvlm.train.export import export
 from simvlm.train.pretrain import mixture_of, model_config, pretrain
 from simvlm.train.settings import DataSettings, OptimizerSettings, PretrainSettings
 from simvlm.train.torch_engine import TorchEngine
@@ -90,13 +91,16 @@ def demo(out: Path, *, minutes: float = 12.0, seed: int = 0, pairs: int = PAIRS)
     _say(f"training: {settings.steps} steps of {step_s:.2f} s")
     checkpoint = pretrain(settings)
     train_seconds = time.perf_counter() - prepared
-    model, _, tokenizer = load(checkpoint)
-    model.save_pretrained(out / "checkpoint", tokenizer)
+    shutil.rmtree(out / "checkpoint", ignore_errors=True)
+    export(checkpoint, out / "checkpoint")
+    model, _, tokenizer = load(out / "checkpoint")
     _say(f"captioning {evaluate.PICTURES} pictures it has not seen, and as many with combinations kept from it")
     predictions = evaluate.predict(model, tokenizer, beam=BEAM)
     evaluate.write(predictions, out / evaluate.FILE)
+    log = [json.loads(line) for line in (out / "run" / loop.LOG).read_text().splitlines()]
     numbers: dict[str, Any] = {
         **evaluate.metrics(predictions),
+        **{name: round(statistics.median(line[name] for line in log), 4) for name in ("data_wait_share", "loop_share")},
         "train_seconds": round(train_seconds, 1),
         "setup_seconds": round(prepared - began, 1),
         "steps": settings.steps,
@@ -108,7 +112,6 @@ def demo(out: Path, *, minutes: float = 12.0, seed: int = 0, pairs: int = PAIRS)
         "machine": _machine(),
     }
     (out / METRICS).write_text(json.dumps(numbers, indent=1) + "\n")
-    log = [json.loads(line) for line in (out / "run" / loop.LOG).read_text().splitlines()]
     report.write(out, model, tokenizer, predictions, numbers, log)
     return f"{summary(numbers)}\n\nOpen {out / 'report.html'}"
 

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import shlex
 import shutil
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -75,7 +76,7 @@ def run(jobs: Sequence[Job], out: Path, work: Path, *, workers: int) -> list[str
     context = multiprocessing.get_context("spawn")
     failed: list[str] = []
     with concurrent.futures.ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_limit_threads, initargs=(threads,)
+        workers, mp_context=context, initializer=_begin, initargs=(threads, os.getpid())
     ) as pool:
         running: dict[concurrent.futures.Future[dict[str, Any]], Job] = {}
         waiting = list(wanted.values())
@@ -195,7 +196,15 @@ def _pretrained(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return {"log": [{name: line[name] for name in ("step", "loss")} for line in log], "skipped": log[-1]["skipped"]}
 
 
-def _limit_threads(threads: int) -> None:
+def _begin(threads: int, parent: int) -> None:
+    """Of a worker process: so many threads, and its end when the command's own process is gone."""
     import torch
 
     torch.set_num_threads(threads)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)

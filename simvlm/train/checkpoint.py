@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from simvlm.train.processes import ALONE, Processes
+from simvlm.train.processes import ALONE, Processes, ProcessLost
 
 STATE = "state.json"
 _ASIDE = ".part"
@@ -100,17 +100,17 @@ class Saving:
             shutil.rmtree(old.replace(old.with_name(old.name + ".old")), ignore_errors=True)
 
     def _together(self, part: Callable[[], None]) -> None:
-        """part() on every process; an error on every process if it failed on one."""
-        said = ""
+        """part() on every process; an OSError on every process if it failed on one, and nothing is left of this."""
         try:
-            part()
+            self.processes.together(part)
+        except ProcessLost:
+            raise
         except Exception as error:  # writers raise what they like for a full disk
-            said = " ".join(str(error).split()) or type(error).__name__
-        failures = [f"process {i}: {each}" for i, each in enumerate(self.processes.share_text(said)) if each]
-        if failures:
             if self.processes.is_first:
                 shutil.rmtree(self._aside, ignore_errors=True)
-            raise OSError(f"cannot write {self.target} ({'; '.join(failures) if self.processes.count > 1 else said})")
+            raise OSError(
+                f"cannot write {self.target} ({' '.join(str(error).split()) or type(error).__name__})"
+            ) from error
 
 
 def newest(run: Path) -> tuple[int, Path] | None:

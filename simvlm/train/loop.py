@@ -147,10 +147,12 @@ class Run:
             window.waited += time.perf_counter() - began
             watchdog.now("the device, or another process's")
             lr = learning_rate(self.step, settings.steps, settings.optimizer)
+            began = time.perf_counter()
             try:
                 loss = self.engine.step(mixed, lr, told.tokens)
             except Diverged as diverged:
                 raise self._divergence(mixed, diverged, display) from None
+            window.stepped += time.perf_counter() - began
             window.add(told, loss)
             self.step += 1
             self._note_skipped(mixed, told, display)

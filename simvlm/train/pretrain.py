@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from simvlm.data import spans
+from simvlm.data import index, shards, spans, text
 from simvlm.data.mixture import Mixture
 from simvlm.data.shards import ImageTextShards
 from simvlm.data.text import TextShards
@@ -22,7 +22,7 @@ from simvlm.train import checkpoint, loop
 from simvlm.train import settings as run_settings
 from simvlm.train.held_out import HeldOut
 from simvlm.train.processes import ALONE, Processes, ProcessLost
-from simvlm.train.settings import PretrainSettings
+from simvlm.train.settings import DataSettings, PretrainSettings
 from simvlm.train.step import row_multiple
 
 _DESCRIPTION = """Pretraining: PrefixLM, or the objectives and architectures that it is compared with.
@@ -71,9 +71,10 @@ def _run(settings: PretrainSettings, tokenizer: Tokenizer, config: SimVLMConfig,
     """The run with its data, from its newest checkpoint; its settings are written."""
     processes = engine.processes
     say = functools.partial(print, file=sys.stderr) if processes.is_first else lambda text: None
-    mixture = mixture_of(settings, tokenizer, config, processes)
-    for shards in (mixture.pairs, mixture.documents):
-        for shard in [] if shards is None else shards.cut:
+    _index(settings.data, processes)
+    mixture = processes.together(lambda: mixture_of(settings, tokenizer, config, processes))
+    for source in (mixture.pairs, mixture.documents):
+        for shard in [] if source is None else source.cut:
             say(f"{shard} is cut short; what is whole in it is used")
     if settings.data.fraction < 1 and mixture.pairs is not None:
         say(f"data.fraction {settings.data.fraction}: {mixture.num_pairs} of the {len(mixture.pairs)} pairs are used")
@@ -87,6 +88,20 @@ def _run(settings: PretrainSettings, tokenizer: Tokenizer, config: SimVLMConfig,
         # After all that may refuse: a run that stands must not be spoilt.
         run_settings.save(settings, Path(settings.out))
     return run
+
+
+def _index(data: DataSettings, processes: Processes) -> None:
+    """Each process scans its share of the shards that have no index."""
+    if processes.count == 1:
+        return
+
+    def scan() -> None:
+        for pattern, scan_shard in ((data.pairs, shards.scan), (data.documents, text.scan)):
+            if pattern:
+                own = shards.expand(pattern)[processes.index :: processes.count]
+                index.indices(own, scan_shard, folder=data.index, say=None)
+
+    processes.together(scan)
 
 
 def engine_of(settings: PretrainSettings, config: SimVLMConfig) -> Any:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import TypeVar, cast
 
 import numpy as np
+
+_T = TypeVar("_T")
 
 
 class ProcessLost(OSError):
@@ -46,6 +49,25 @@ class Processes:
         room[: len(own)] = own
         texts = self.share(room.view(np.int64))
         return [bytes(row.view(np.uint8)[:size]).decode() for row, size in zip(texts, lens, strict=True)]
+
+    def together(self, part: Callable[[], _T]) -> _T:
+        """part() here, while every other process calls its own; none goes on if one failed.
+
+        Raises:
+            Exception: what this process's part raised.
+            OSError: what other processes' parts raised, where this one's did not.
+        """
+        found, own, said = None, None, ""
+        try:
+            found = part()
+        except Exception as error:
+            own, said = error, " ".join(str(error).split()) or type(error).__name__
+        failures = [f"process {i}: {text}" for i, text in enumerate(self.share_text(said)) if text]
+        if own is not None:
+            raise own
+        if failures:
+            raise OSError("; ".join(failures))
+        return cast(_T, found)
 
 
 ALONE = Processes()

@@ -62,12 +62,15 @@ class Window:
 
     Args:
         peak_flops: of all devices together, a second; None where unknown.
+
+    Attributes:
+        waited, stepped: seconds that went into waiting for data, and into the engine's steps.
     """
 
     def __init__(self, peak_flops: float | None) -> None:
         self.peak_flops = peak_flops
         self.began = time.perf_counter()
-        self.waited = 0.0
+        self.waited = self.stepped = 0.0
         self.nll = np.zeros(2)
         self.sums = np.zeros(len(Told._fields), np.int64)
         self.steps = 0
@@ -95,6 +98,7 @@ class Window:
             "model_tflops_per_s": flops / 1e12,
             **utilization,
             "data_wait_share": self.waited / seconds,
+            "loop_share": max(0.0, 1 - (self.waited + self.stepped) / seconds),
             "sample_ids_hash": f"{told.ids % 2**64:016x}",
         }
 
