@@ -141,8 +141,7 @@ def _finetuning(results: Results) -> Table:
     for task, name in _CLASSIFIED.items():
         score = interval(results.found(_finetuned(task)).get("score"))
         blind, majority = _blind(results, task)
-        seen = ("finetune/vqav2/full-0", _finetuned(task))
-        own = seen if task == "vqav2" else (f"finetune/{task}/finetuned", _finetuned(task))
+        own = (f"finetune/{task}/finetuned", _finetuned(task))
         reached = (_high_enough(name, score), _near_majority(name, blind, majority))
         cells = (name, str(paper.BASE[task]), shown(score), _number(majority), shown(blind))
         verdicts = tuple(goal.verdict for goal in reached)
@@ -343,7 +342,7 @@ def _above(
 
 
 def _finetuned(task: str) -> str:
-    return "eval/vqav2/full-0" if task == "vqav2" else f"eval/{task}/finetuned"
+    return f"eval/{task}/finetuned"
 
 
 def _blind(results: Results, task: str) -> tuple[Interval | None, float | None]:
