@@ -40,7 +40,7 @@ from simvlm.data.scenes import (
 from simvlm.data.shards import ImageTextShards
 from simvlm.data.world import write_world
 
-GOLDEN = "bfed3acf0f56127fd7b21705661af525545873ba4b87ea10d3f2334507a23d8e"
+GOLDEN = "b93b37c564cc20935d6c644967d0eb98d510d200b2db88a467b39caed0fe4c34"
 
 
 def fingerprint() -> str:
