@@ -32,7 +32,7 @@ PYTHONS ?= $(PY) $(shell own=$$($(PY) -c 'import sys; print(sys.version_info.min
     done; \
   done)
 
-.PHONY: help setup check format test test-full test-sanitize test-xla wheel test-wheel bench gpu-compile demo quick clean
+.PHONY: help setup check format test test-full test-soak test-sanitize test-xla wheel test-wheel bench gpu-compile demo quick clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -68,10 +68,13 @@ format: setup ## rewrite the sources as `make check` wants them
 	@$(VENV)/bin/clang-format -i csrc/*.h csrc/*.cc tests/*.cc
 
 test: setup ## the core tier of every test; ends with a table of what ran on which implementation
-	@$(RUN) -m pytest $(WORKERS) -m "not full and not wheel and not xla"
+	@$(RUN) -m pytest $(WORKERS) -m "not full and not wheel and not xla and not soak"
 
 test-full: setup ## every test of the sources, the long tier included
-	@XLA_FLAGS=--xla_force_host_platform_device_count=8 $(RUN) -m pytest $(WORKERS) -m "not wheel and not xla"
+	@XLA_FLAGS=--xla_force_host_platform_device_count=8 $(RUN) -m pytest $(WORKERS) -m "not wheel and not xla and not soak"
+
+test-soak: setup ## runs of training killed a dozen times and runs of thousands of steps: half an hour
+	@$(RUN) -m pytest -m soak tests/test_ranks.py
 
 test-sanitize: setup ## the C++ kernels under the address, undefined-behaviour and thread sanitizers
 	@$(RUN) tests/sanitize.py

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import random
 import shutil
 import signal
 import time
@@ -97,23 +99,67 @@ def test_micro_batches_and_remat_of_two_ranks(world, one_rank, tmp_path):
 
 
 def test_two_ranks_killed_twice_give_the_same_bits(world, tmp_path):
+    """Once in the middle of an epoch, once while a checkpoint is written."""
     whole, out = tmp_path / "whole", tmp_path / "run"
     options = {"steps": 24, "checkpoint_every": 5}
     run(2, *configured(world, whole, **options))
+    log, checkpoints = out / loop.LOG, out / "checkpoints"
     command = configured(world, out, **options)
-    for lines in (4, 15):
+    for moment in (
+        lambda: log.exists() and log.read_bytes().count(b"\n") >= 7,
+        lambda: any(path.name > "step-00000010" for path in checkpoints.glob("*.part")),
+    ):
         with started(2, command) as processes:
-            log = out / loop.LOG
-            wait_for(lambda: log.exists() and log.read_bytes().count(b"\n") >= lines, processes, "progress")  # noqa: B023
+            wait_for(moment, processes, "progress")
             for process in processes:
                 process.send_signal(signal.SIGKILL)
         command = ["pretrain", "--resume", str(out)]
         assert (checkpoint.newest(out) or (0,))[0] < 24
     run(2, *command)
+    same_bits(out, whole, 24)
+    assert not list(checkpoints.glob("*.part"))
+
+
+def same_bits(out, whole, steps):
     assert log_of(out) == log_of(whole)
     (step, tensors), (_, expected) = model_of(out), model_of(whole)
-    assert step == 24
+    assert step == steps
     assert all(np.array_equal(tensors[name], expected[name]) for name in expected)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("count", [1, 2])
+def test_runs_killed_a_dozen_times_give_the_same_bits(count, world, tmp_path):
+    """At any moment: while they start, in a step, while a checkpoint is written or put into its place."""
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    options = {"steps": 400, "checkpoint_every": 7, "ema": 0.9}
+    run(count, *configured(world, whole, **options))
+    command = configured(world, out, **options)
+    rng = random.Random(count)
+    for kill in range(12):
+        with started(count, command) as processes:
+            if kill % 3 == 2:
+                wait_for(lambda: any(out.glob("checkpoints/*.part")), processes, "a checkpoint on its way")
+                time.sleep(rng.uniform(0, 0.05))
+            else:
+                before = (checkpoint.newest(out) or (0,))[0]
+                wait_for(lambda: (checkpoint.newest(out) or (0,))[0] > before, processes, "a checkpoint")  # noqa: B023
+                time.sleep(rng.uniform(0, 2))
+            for process in processes:
+                process.send_signal(signal.SIGKILL)
+        command = ["pretrain", "--resume", str(out)]
+    run(count, *command)
+    same_bits(out, whole, 400)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_long_run_grows_no_fatter(count, world, tmp_path):
+    out = tmp_path / "run"
+    run(count, *configured(world, out, steps=3000, checkpoint_every=100, keep=2, log_every=100, ema=0.9))
+    lines = [json.loads(line) for line in (out / loop.LOG).read_text().splitlines()]
+    memory = [line["memory_gib"] for line in lines]
+    assert memory[-1] < memory[len(memory) // 3] + 0.02
 
 
 def test_a_rank_that_dies_ends_the_others(world, tmp_path):
