@@ -83,10 +83,11 @@ def run(jobs: Sequence[Job], out: Path, work: Path, *, workers: int) -> list[str
         while waiting or running:
             busy = {job.name for job in running.values()} | {job.name for job in waiting}
             for job in [job for job in waiting if job.needs is None or job.needs not in busy]:
-                waiting.remove(job)
                 if job.needs in failed:
+                    waiting.remove(job)
                     failed.append(job.name)
-                else:
+                elif len(running) < workers:  # no more: the order is that of the jobs, not of what can begin first
+                    waiting.remove(job)
                     running[pool.submit(do, job, by_name, work)] = job
             done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
             for future in done:
