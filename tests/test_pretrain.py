@@ -394,6 +394,40 @@ def test_worker_processes_change_nothing(world, tmp_path, capsys):
     assert not multiprocessing.active_children()
 
 
+def test_remat_of_products_in_a_fresh_process(world, tmp_path):
+    run_settings.save(settings_of(world, tmp_path / "run", steps=1), tmp_path)
+    command = [
+        sys.executable,
+        "-m",
+        "simvlm.cli",
+        "pretrain",
+        "--config",
+        str(tmp_path / "run.yaml"),
+        "--remat",
+        "dots",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 1}, "seed must be 0, as in .*step-00000002, got 1"),
+        ({"objective": "lm"}, "objective must be prefix_lm, as in .*, got lm"),
+        ({"data": {"pairs_per_step": 2}}, "data.pairs_per_step must be 4, as in .*, got 2"),
+        ({"data": {"documents_per_step": 1}}, "data.documents_per_step must be 2, as in .*, got 1"),
+    ],
+)
+def test_a_run_goes_on_with_the_same_samples_or_not_at_all(changes, message, world, tmp_path):
+    settings = settings_of(world, tmp_path / "run", steps=2)
+    pretrain(settings)
+    data = dataclasses.replace(settings.data, **changes.get("data", {}))
+    wrong = dataclasses.replace(settings, steps=4, **changes | {"data": data})
+    with pytest.raises(ValueError, match=message):
+        pretrain(wrong, resume=True)
+
+
 @pytest.mark.parametrize("change", ["tokenizer", "model", "data"])
 def test_a_refused_resume_spoils_nothing(change, world, tmp_path):
     run = tmp_path / "run"

@@ -97,6 +97,9 @@ def _look(shard: str, *, folder: str | None, tokenizer: str | None) -> ShardRepo
         except BrokenSample as broken:
             found.broken.append((broken.kind, broken.key))
             continue
+        except (OSError, ValueError) as error:  # a row group that cannot be decoded: nor what comes after it
+            found.unreadable = f"sample {i}: {error}"
+            break
         found.characters.append(len(text))
         if model is not None:
             found.tokens.append(len(model.encode(text)))

@@ -131,7 +131,8 @@ def expand(pattern: str | os.PathLike[str] | Sequence[str]) -> list[str]:
     paths: list[str] = []
     for one in (expanded for each in patterns for expanded in _braces(each)):
         # A file whose name holds a bracket is no glob.
-        found = [one] if os.path.exists(one) else sorted(glob.glob(one))
+        # What lies beside the shards is none.
+        found = [one] if os.path.exists(one) else sorted(x for x in glob.glob(one) if not x.endswith(".idx"))
         if not found:
             raise FileNotFoundError(f"shards: no file matches {one}")
         paths += found

@@ -40,6 +40,8 @@ def _contexts(remat: str) -> tuple[Any, Any]:
 @functools.cache
 def kept_operations() -> list[Any]:
     """Those whose results "dots" keeps."""
+    from simvlm.kernels.attention import torch_op  # noqa: F401  registers the op
+
     aten, own = torch.ops.aten, torch.ops.simvlm
     kept = [aten.mm, aten.addmm, aten.convolution, own.prefix_attention]
     return [op.default for op in kept]

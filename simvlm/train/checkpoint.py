@@ -8,6 +8,7 @@ checkpoints/step-00001200/   model.safetensors config.json tokenizer.model   wha
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -17,10 +18,12 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from simvlm.train.processes import ALONE, Processes, ProcessLost
 
 STATE = "state.json"
-_ASIDE = ".part"
+_ASIDE, _OLD = ".part", ".old"
 _NAME = re.compile(r"step-(\d{8})")
 
 
@@ -51,10 +54,11 @@ class Saving:
     ) -> None:
         self.run, self.step, self.keep, self.processes = run, step, keep, processes
         self.state = state | {"step": step}
-        self.target = run / "checkpoints" / f"step-{step:08d}"
+        self.target = folder_of(run, step)
         self._aside = self.target.with_name(self.target.name + _ASIDE)
         self._written: Future[None] = Future()
-        self._in_place = self.target.is_dir()
+        # As the first process sees it, whatever a shared file system shows the others.
+        self._in_place = bool(processes.share(np.array([self.target.is_dir()], np.int64))[0, 0])
         if self._in_place:  # a run that stops at the step it went on from
             self._written.set_result(None)
             return
@@ -83,8 +87,9 @@ class Saving:
 
     def _make_folder(self) -> None:
         if self.processes.is_first:
-            for left in self.target.parent.glob(f"step-*{_ASIDE}"):  # of a process that was killed
-                shutil.rmtree(left, ignore_errors=True)
+            for end in (_ASIDE, _OLD):  # of a process that was killed
+                for left in self.target.parent.glob(f"step-*{end}"):
+                    shutil.rmtree(left, ignore_errors=True)
             self._aside.mkdir(parents=True)
 
     def _publish(self) -> None:
@@ -96,8 +101,9 @@ class Saving:
         self._aside.replace(self.target)
         _to_disk(self.target.parent)
         for _, old in all_of(self.run)[: -self.keep]:
-            # Under another name first: half a folder must not pass for a checkpoint.
-            shutil.rmtree(old.replace(old.with_name(old.name + ".old")), ignore_errors=True)
+            with contextlib.suppress(OSError):  # the new one is in its place
+                # Under another name first: half a folder must not pass for a checkpoint.
+                shutil.rmtree(old.replace(old.with_name(old.name + _OLD)), ignore_errors=True)
 
     def _together(self, part: Callable[[], None]) -> None:
         """part() on every process; an OSError on every process if it failed on one, and nothing is left of this."""
@@ -111,6 +117,11 @@ class Saving:
             raise OSError(
                 f"cannot write {self.target} ({' '.join(str(error).split()) or type(error).__name__})"
             ) from error
+
+
+def folder_of(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return run / "checkpoints" / f"step-{step:08d}"
 
 
 def newest(run: Path) -> tuple[int, Path] | None:

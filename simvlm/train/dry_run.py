@@ -87,6 +87,8 @@ def estimate(settings: PretrainSettings, config: SimVLMConfig, sample: Batch, pr
     # The root's gradients, and the layer's, lie beside the gathered weights until they are summed.
     of_copy = 2 if _precision(settings) == "bfloat16" else 4
     gathered = 0 if pieces == 1 else 2 * 4 * root + 2 * (of_copy + 4) * max(layers)
+    if pieces > 1 and settings.accumulate > 1:  # whole gradients stay until the last micro-batch
+        gathered += 4 * parameters
     suffix = int(batch.decoder_lens.sum()) // parts
     return Estimate(
         parameters=parameters,
@@ -224,25 +226,6 @@ class _Kept(TorchDispatchMode):
             results = result if isinstance(result, tuple) else (result,)
             self.nbytes += sum(x.numel() * x.element_size() for x in results)
         return result
-
-
-def _batch(config: SimVLMConfig, lens: tuple[np.ndarray, np.ndarray], counts: list[int]) -> Batch:
-    """A batch of these lengths, of nothing."""
-    parts = [np.resize(part, (count, 2)) for part, count in zip(lens, counts, strict=True) if count]
-    both = np.concatenate(parts).astype(np.int32)
-    has_image = np.arange(len(both)) < counts[0]
-    side = config.image_size
-    return Batch(
-        images=np.zeros((counts[0], side, side, 3), np.uint8),
-        has_image=has_image,
-        encoder_text=np.zeros(both[:, 0].sum(), np.int32),
-        encoder_text_lens=both[:, 0],
-        decoder_inputs=np.zeros(both[:, 1].sum(), np.int32),
-        targets=np.zeros(both[:, 1].sum(), np.int32),
-        decoder_lens=both[:, 1],
-        sources=(~has_image).astype(np.int8),
-        sample_ids=np.arange(len(both)),
-    )
 
 
 def _precision(settings: PretrainSettings) -> Precision:

@@ -50,8 +50,8 @@ class HeldOut:
         own, data = settings.held_out, settings.data
         self.settings, self.config, self.tokenizer, self.processes = own, config, tokenizer, processes
         self.mixture = Mixture(
-            ImageTextShards(own.pairs) if own.pairs else None,
-            TextShards(own.documents) if own.documents else None,
+            ImageTextShards(own.pairs, index=data.index) if own.pairs else None,
+            TextShards(own.documents, index=data.index) if own.documents else None,
             tokenizer,
             pairs_per_step=data.pairs_per_step or data.documents_per_step,
             documents_per_step=data.documents_per_step or data.pairs_per_step,
@@ -67,7 +67,7 @@ class HeldOut:
         """Nats per suffix token, of the running statistics and without anything moved; every process calls it."""
         nll, tokens = np.zeros(len(SOURCES)), np.zeros(len(SOURCES), np.int64)
         for step in range(self.settings.batches):
-            mixed = self.mixture.batch(step)
+            mixed = self.processes.together(lambda step=step: self.mixture.batch(step))  # type: ignore[misc]
             nll += engine.held_out(mixed)
             tokens += mixed.batch.suffix_tokens()
         nlls = self.processes.share(nll.view(np.int64)).view(np.float64)

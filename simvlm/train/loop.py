@@ -91,27 +91,38 @@ class Run:
         self.samples = 0
         self.skipped: Counter[str] = Counter()
         self._saving: checkpoint.Saving | None = None
-        if (found := checkpoint.newest(self.folder)) is not None:
-            self._resume(found[1])
+        # The first process decides: on a shared file system the others may see an older state of the folder.
+        newest = checkpoint.newest(self.folder)
+        step = int(self.processes.share(np.array([-1 if newest is None else newest[0]]))[0, 0])
+        if step >= 0:
+            self._resume(checkpoint.folder_of(self.folder, step))
 
     def _resume(self, folder: Path) -> None:
         state = checkpoint.read_state(folder)
         for name, value in self._what_must_stay().items():
             if state[name] != value:
-                setting = f"data.{name.removesuffix('_sha256')}"
-                what = "the one" if name.endswith("_sha256") else f"the {state[name]} samples"
-                got = "another" if name.endswith("_sha256") else f"{value}"
-                raise ValueError(f"{setting} must be {what} that {folder} was trained with, got {got}")
+                setting, told, got = f"data.{name}", f"{state[name]}, as in {folder}", f"{value}"
+                if name == "tokenizer_sha256":
+                    setting, told, got = "data.tokenizer", f"the one that {folder} was trained with", "another"
+                elif name in ("pairs", "documents"):
+                    told = f"the {state[name]} samples that {folder} was trained with"
+                elif name in ("seed", "objective"):
+                    setting = name
+                raise ValueError(f"{setting} must be {told}, got {got}")
         self.engine.load(folder)
         self.step, self.samples, self.skipped = state["step"], state["samples"], Counter(state["skipped"])
 
     def _what_must_stay(self) -> dict[str, Any]:
-        """What the order of the samples depends on, as a checkpoint remembers it."""
+        """What a step's samples depend on, as a checkpoint remembers it."""
         documents = self.mixture.documents
         return {
             "tokenizer_sha256": self.mixture.tokenizer.sha256,
             "pairs": self.mixture.num_pairs,
             "documents": 0 if documents is None else len(documents),
+            "seed": self.mixture.seed,
+            "pairs_per_step": self.mixture.pairs_per_step,
+            "documents_per_step": self.mixture.documents_per_step,
+            "objective": self.mixture.objective,
         }
 
     def all_steps(self) -> Path:
@@ -139,7 +150,7 @@ class Run:
 
     def _steps(self, batches: Batches, stop: list[int], display: progress.Display, watchdog: Watchdog) -> Path:
         settings = self.settings
-        window = Window(self.engine.peak_flops)
+        window, first = Window(self.engine.peak_flops), self.step
         while self.step < settings.steps:
             watchdog.now("data")
             began = time.perf_counter()
@@ -173,9 +184,10 @@ class Run:
                 self._start_saving(display)
             if self.held_out is not None and self.step % settings.held_out.every == 0:
                 self._look_at_held_out(display)
-        if self.held_out is not None:
+        last = self.save()
+        if self.held_out is not None and self.step > first:
             self._look_at_held_out(display)
-        return self.save()
+        return last
 
     def _next(self, batches: Batches, stops: bool, display: progress.Display) -> tuple[Mixed, Told]:
         """This process's part of the next batch, and what all processes tell of theirs."""
@@ -274,8 +286,15 @@ class Run:
 
     def _look_at_held_out(self, display: progress.Display) -> None:
         assert self.held_out is not None
-        entry = {"step": self.step, **self.held_out.loss(self.engine)}
-        captions = self.held_out.captions(self.engine)
+        try:
+            entry = {"step": self.step, **self.held_out.loss(self.engine)}
+            captions = self.held_out.captions(self.engine)
+        except ProcessLost:
+            raise
+        except OSError as error:  # what is only looked at must not end what goes on
+            if self.processes.is_first:
+                display.say(f"step {self.step}: held-out samples not read: {error}")
+            return
         written = [{"text": caption.text, "reference": caption.reference} for caption in captions]
         self._append(HELD_OUT, [entry | {"captions": written}], display)
         display.show_held_out(entry, captions)
@@ -328,12 +347,14 @@ def _by_process(texts: Sequence[str]) -> str:
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """A list that SIGINT and SIGTERM append to; the second SIGINT acts at once."""
+    """A list that SIGINT and SIGTERM append to; the second SIGINT acts at once, a second SIGTERM does not: a launcher
+    and its system may each send one."""
     caught: list[int] = []
 
     def note(number: int, frame: Any) -> None:
         caught.append(number)
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
 
     try:
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}

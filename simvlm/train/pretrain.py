@@ -22,7 +22,7 @@ from simvlm.train import checkpoint, loop
 from simvlm.train import settings as run_settings
 from simvlm.train.held_out import HeldOut
 from simvlm.train.processes import ALONE, Processes, ProcessLost
-from simvlm.train.settings import DataSettings, PretrainSettings
+from simvlm.train.settings import PretrainSettings
 from simvlm.train.step import row_multiple
 
 _DESCRIPTION = """Pretraining: PrefixLM, or the objectives and architectures that it is compared with.
@@ -60,7 +60,7 @@ def pretrain(settings: PretrainSettings, *, resume: bool = False) -> Path:
         last = _run(settings, tokenizer, config, engine).all_steps()
     except ProcessLost:
         raise  # nobody is left to say goodbye to
-    except BaseException:
+    except (OSError, ValueError, loop.Interrupted):  # of all processes together
         engine.close()
         raise
     engine.close()
@@ -71,14 +71,15 @@ def _run(settings: PretrainSettings, tokenizer: Tokenizer, config: SimVLMConfig,
     """The run with its data, from its newest checkpoint; its settings are written."""
     processes = engine.processes
     say = functools.partial(print, file=sys.stderr) if processes.is_first else lambda text: None
-    _index(settings.data, processes)
+    _index(settings, processes)
     mixture = processes.together(lambda: mixture_of(settings, tokenizer, config, processes))
     for source in (mixture.pairs, mixture.documents):
         for shard in [] if source is None else source.cut:
             say(f"{shard} is cut short; what is whole in it is used")
     if settings.data.fraction < 1 and mixture.pairs is not None:
         say(f"data.fraction {settings.data.fraction}: {mixture.num_pairs} of the {len(mixture.pairs)} pairs are used")
-    settings = dataclasses.replace(settings, device=str(engine.device), precision=engine.precision)
+    device = str(engine.device) if processes.count == 1 else str(engine.device).partition(":")[0]
+    settings = dataclasses.replace(settings, device=device, precision=engine.precision)
     held_out = None
     if settings.held_out.pairs or settings.held_out.documents:
         held_out = HeldOut(settings, config, tokenizer, processes)
@@ -90,13 +91,19 @@ def _run(settings: PretrainSettings, tokenizer: Tokenizer, config: SimVLMConfig,
     return run
 
 
-def _index(data: DataSettings, processes: Processes) -> None:
+def _index(settings: PretrainSettings, processes: Processes) -> None:
     """Each process scans its share of the shards that have no index."""
+    data, held_out = settings.data, settings.held_out
     if processes.count == 1:
         return
 
     def scan() -> None:
-        for pattern, scan_shard in ((data.pairs, shards.scan), (data.documents, text.scan)):
+        for pattern, scan_shard in (
+            (data.pairs, shards.scan),
+            (held_out.pairs, shards.scan),
+            (data.documents, text.scan),
+            (held_out.documents, text.scan),
+        ):
             if pattern:
                 own = shards.expand(pattern)[processes.index :: processes.count]
                 index.indices(own, scan_shard, folder=data.index, say=None)
@@ -187,7 +194,7 @@ def mixture_of(
 
 
 def dry_run(settings: PretrainSettings, processes: int, on: str) -> str:
-    """What a run of so many processes would read, hold and take; nothing is written. See dry_run.py."""
+    """What a run of so many processes would read, hold and take; only indices are written. See dry_run.py."""
     from simvlm.train import dry_run as planned
 
     run_settings.check(settings)

@@ -35,10 +35,6 @@ class Processes:
         """This one writes what is written once."""
         return self.index == 0
 
-    def barrier(self) -> None:
-        """Returns when every process has called it."""
-        self.share(np.zeros(1, np.int64))
-
     def share_text(self, text: str) -> list[str]:
         """The text of every process."""
         if self.count == 1:

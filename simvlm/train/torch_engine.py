@@ -86,6 +86,7 @@ class TorchEngine:
             Diverged: loss or gradient is not finite; model and optimizer are as they were before.
             ProcessLost: another process is gone.
         """
+        self.ranks.beat()
         self._profile.before(mixed.step)
         # The forward pass moves BatchNorm's running statistics.
         statistics = [buffer.clone() for buffer in self.model.buffers()]
@@ -193,6 +194,8 @@ class TorchEngine:
         self.state.load(folder)
 
     def close(self) -> None:
+        """Writes a trace that is not written yet, and leaves the other processes."""
+        self._profile.close()
         self.ranks.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,16 @@ class Profile:
     def after(self, step: int) -> None:
         """It was taken."""
         if self._profiler is not None and step + 1 >= self._first + self._count:
-            self._profiler.stop()
+            self.close()
+
+    def close(self) -> None:
+        """Writes what was recorded; a trace that cannot be written costs the run nothing."""
+        if self._profiler is None:
+            return
+        self._profiler.stop()
+        try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._profiler.export_chrome_trace(str(self._path))
-            self._profiler = None
+        except OSError as error:
+            print(f"profile: {self._path} not written: {error}", file=sys.stderr)
+        self._profiler = None

@@ -35,7 +35,7 @@ class Ranks:
         timeout_s: after which a collective gives up.
 
     Raises:
-        ValueError: replicas do not divide the processes.
+        ValueError: replicas do not divide the processes, or this is a task of several that know nothing of each other.
 
     Attributes:
         processes: what the loop knows of them.
@@ -47,6 +47,10 @@ class Ranks:
         self.processes, self.device = ALONE, device
         self.mesh: DeviceMesh | None = None
         count = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+        if "RANK" not in os.environ and os.environ.get("SLURM_PROCID", "0") != "0":
+            raise ValueError(
+                "several tasks of SLURM must be started by torchrun (docs/training.md), got this one without"
+            )
         if count % replicas:
             raise ValueError(f"torch.replicas must divide the {count} processes, got {replicas}")
         if count == 1:
@@ -69,17 +73,24 @@ class Ranks:
             return torch.stack(parts).numpy()
 
         self.processes = Processes(dist.get_rank(), count, share)
-        self._heart = _Heart(dist.get_rank(), count)
+        self._heart: _Heart | None = None
 
     @property
     def group_name(self) -> str:
         """Of all processes, for collectives inside the model; "" for one process."""
         return "" if self.mesh is None else dist.group.WORLD.group_name  # type: ignore[union-attr]
 
+    def beat(self) -> None:
+        """From now on the others hear that this process lives. Not before the first step: a scan of a large shard lets
+        no other thread run."""
+        if self.mesh is not None and self._heart is None:
+            self._heart = _Heart(self.processes.index, self.processes.count)
+
     def close(self) -> None:
         """Leaves the others."""
         if self.mesh is not None:
-            self._heart.stop()
+            if self._heart is not None:
+                self._heart.stop()
             dist.destroy_process_group()
 
     def cut(self, model: SimVLM, precision: str) -> None:
@@ -141,42 +152,46 @@ class _Heart:
         # A connection of its own: a store answers one caller at a time.
         self._store: Any = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="simvlm-heart", daemon=True)
-        self._thread.start()
+        self._answered = time.monotonic()
+        threads = (("simvlm-heart", self._beat), ("simvlm-store", self._watch_store))
+        self._threads = [threading.Thread(target=each, name=name, daemon=True) for name, each in threads]
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
         self._stop.set()
-        self._thread.join(BEAT_S)
+        for thread in self._threads:
+            thread.join(BEAT_S)
 
     def _beat(self) -> None:
         heard = {rank: (b"", time.monotonic()) for rank in range(self._count) if rank != self._rank}
         beat = 0
-        store_heard = time.monotonic()
         while not self._stop.wait(BEAT_S):
             beat += 1
-            now = time.monotonic()
             try:
                 self._store.set(f"simvlm/alive/{self._rank}", str(beat))
                 for rank, (last, _) in heard.items():
                     key = f"simvlm/alive/{rank}"
                     if self._store.check([key]) and (value := self._store.get(key)) != last:
-                        heard[rank] = value, now
-                store_heard = now
-            except Exception:  # the store is process 0's
-                if self._stop.is_set():
-                    return
-                if now - store_heard > SILENCE_S:
-                    self._end([0], now - store_heard)
+                        heard[rank] = value, time.monotonic()
+            except Exception:  # the store is process 0's; `_watch_store` counts the seconds
                 continue
-            silent = [rank for rank, (_, since) in heard.items() if now - since > SILENCE_S]
+            self._answered = time.monotonic()
+            silent = [rank for rank, (_, since) in heard.items() if self._answered - since > SILENCE_S]
             if silent:
-                self._end(silent, SILENCE_S)
+                self._end(silent)
 
-    def _end(self, ranks: list[int], seconds: float) -> None:
+    def _watch_store(self) -> None:
+        """A machine that is gone without a word leaves `_beat` inside a call to its store."""
+        while not self._stop.wait(BEAT_S):
+            if time.monotonic() - self._answered > SILENCE_S:
+                self._end([0])
+
+    def _end(self, ranks: list[int]) -> None:
         names = ", ".join(map(str, ranks))
         print(
-            f"simvlm: process {self._rank} ends: nothing was heard of process {names} for {seconds:.0f} s; "
-            "the last checkpoint is whole, --resume goes on from it",
+            f"simvlm: process {self._rank} ends: nothing was heard of process {names} for {SILENCE_S:.0f} s; "
+            "--resume goes on from the last whole checkpoint",
             file=sys.stderr,
             flush=True,
         )

@@ -118,6 +118,6 @@ class TorchState:
         for name, x in tensors.items():
             full = x.full_tensor().detach() if isinstance(x, DTensor) else x.detach()
             if self.is_first:
-                copy = full.cpu()
-                whole[name] = (copy.clone() if copy.data_ptr() == x.data_ptr() else copy).contiguous()
+                # On a CPU this may be the very memory that training goes on in.
+                whole[name] = (full.clone() if full.device.type == "cpu" else full.cpu()).contiguous()
         return whole

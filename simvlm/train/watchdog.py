@@ -44,6 +44,6 @@ class Watchdog:
                 continue
             told = time.monotonic()
             self._say(f"nothing has happened for {told - self._heard:.0f} s: waiting for {self._waits_for}")
-            for line in self._doing():
-                self._say(f"  {line}")
             faulthandler.dump_traceback(sys.stderr)
+            for line in self._doing():  # last: it may wait for the same file
+                self._say(f"  {line}")
