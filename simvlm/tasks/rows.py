@@ -107,8 +107,8 @@ SCALES = {
         epochs={
             "vqav2": 10,
             "nlvr2": 8,
-            "snli-ve": 6,
-            "nli": 4,
+            "snli-ve": 12,
+            "nli": 16,
             "coco": 2,
             "multi30k": 6,
             "translation": 3,
