@@ -13,7 +13,7 @@ import os
 import re
 import tarfile
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,7 +52,33 @@ class Sample:
     text: str
 
 
-class ImageTextShards:
+class IndexedShards:
+    """Some shards, one after the other, whose samples are found by their indices; `scan` makes that of one shard."""
+
+    def __init__(
+        self,
+        pattern: str | os.PathLike[str] | Sequence[str],
+        scan: Callable[[str], Scan],
+        index: str | None,
+        say: Say | None,
+    ) -> None:
+        self.shards = expand(pattern)
+        self._indices = indices(self.shards, scan, folder=index, say=say)
+        self._ends = np.cumsum([found.count for found in self._indices])
+        self.cut = [shard for shard, found in zip(self.shards, self._indices, strict=True) if found.cut]
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def _locate(self, i: int) -> tuple[int, int]:
+        """The shard of sample i, and its row there."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"{type(self).__name__}: index must be in 0 … {len(self) - 1}, got {i}")
+        which = int(np.searchsorted(self._ends, i, side="right"))
+        return which, i - (int(self._ends[which]) - self._indices[which].count)
+
+
+class ImageTextShards(IndexedShards):
     """The pairs of some tar shards, in the order of the shards.
 
     Args:
@@ -72,13 +98,7 @@ class ImageTextShards:
         index: str | None = None,
         say: Say | None = None,
     ) -> None:
-        self.shards = expand(pattern)
-        self._indices = indices(self.shards, scan, folder=index, say=say)
-        self._ends = np.cumsum([found.count for found in self._indices])
-        self.cut = [shard for shard, found in zip(self.shards, self._indices, strict=True) if found.cut]
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
+        super().__init__(pattern, scan, index, say)
 
     def __getitem__(self, i: int) -> Sample:
         """Pair i.
@@ -86,7 +106,7 @@ class ImageTextShards:
         Raises:
             BrokenSample: it has no image, no text or an empty one.
         """
-        shard, index, row = self._locate(i)
+        shard, index, row = self._found(i)
         image, text, meta, name = index.rows("places", row, row + 1)[0].tolist()
         key = _key(index, name)
         if image[1] <= 0:
@@ -96,29 +116,26 @@ class ImageTextShards:
 
     def where(self, i: int) -> tuple[str, str]:
         """(shard, key) of pair i."""
-        shard, index, row = self._locate(i)
+        shard, index, row = self._found(i)
         return shard, _key(index, index.rows("places", row, row + 1)[0, 3].tolist())
 
     def text(self, i: int) -> str:
         """The text of pair i alone."""
-        shard, index, row = self._locate(i)
+        shard, index, row = self._found(i)
         _, text, meta, name = index.rows("places", row, row + 1)[0].tolist()
         with open(shard, "rb") as file:
             return _text(file, text, meta, shard, _key(index, name))
 
     def metadata(self, i: int) -> dict[str, Any]:
         """The json of pair i; {} where it has none."""
-        shard, index, row = self._locate(i)
+        shard, index, row = self._found(i)
         _, _, meta, name = index.rows("places", row, row + 1)[0].tolist()
         with open(shard, "rb") as file:
             return _json(file, meta, shard, _key(index, name)) if meta[1] > 0 else {}
 
-    def _locate(self, i: int) -> tuple[str, ShardIndex, int]:
-        if not 0 <= i < len(self):
-            raise IndexError(f"ImageTextShards: index must be in 0 … {len(self) - 1}, got {i}")
-        which = int(np.searchsorted(self._ends, i, side="right"))
-        index = self._indices[which]
-        return self.shards[which], index, i - (int(self._ends[which]) - index.count)
+    def _found(self, i: int) -> tuple[str, ShardIndex, int]:
+        which, row = self._locate(i)
+        return self.shards[which], self._indices[which], row
 
 
 def expand(pattern: str | os.PathLike[str] | Sequence[str]) -> list[str]:

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from simvlm.data import seek_points
-from simvlm.data.index import Say, Scan, indices
-from simvlm.data.shards import BrokenSample, expand
+from simvlm.data.index import Say, Scan
+from simvlm.data.shards import BrokenSample, IndexedShards
 
 _CHUNKS = 8
 """decompressed parts of gzipped shards, half a MiB each, and row groups of parquet shards that are held"""
@@ -33,7 +33,7 @@ class Document:
     lang: str | None
 
 
-class TextShards:
+class TextShards(IndexedShards):
     """The documents of some shards, in the order of the shards: .parquet, .gz, and everything else plain jsonl.
 
     A document of a gzipped shard costs the decompression of some 512 KiB, and one of a parquet shard of its row group;
@@ -57,14 +57,8 @@ class TextShards:
         index: str | None = None,
         say: Say | None = None,
     ) -> None:
-        self.shards = expand(pattern)
-        self._indices = indices(self.shards, scan, folder=index, say=say)
-        self._ends = np.cumsum([found.count for found in self._indices])
-        self.cut = [shard for shard, found in zip(self.shards, self._indices, strict=True) if found.cut]
+        super().__init__(pattern, scan, index, say)
         self._held: collections.OrderedDict[tuple[int, int], Any] = collections.OrderedDict()
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
 
     def __getitem__(self, i: int) -> Document:
         """Document i.
@@ -91,12 +85,6 @@ class TextShards:
         """(shard, key) of document i."""
         which, row = self._locate(i)
         return self.shards[which], str(row)
-
-    def _locate(self, i: int) -> tuple[int, int]:
-        if not 0 <= i < len(self):
-            raise IndexError(f"TextShards: index must be in 0 … {len(self) - 1}, got {i}")
-        which = int(np.searchsorted(self._ends, i, side="right"))
-        return which, i - (int(self._ends[which]) - self._indices[which].count)
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker holds parts of its own.
