@@ -328,7 +328,7 @@ def test_a_model_of_span_corruption_is_loaded_and_goes_on(world, tmp_path):
     tokenizer.decode(texts[0].tokens)
     pretrain(dataclasses.replace(settings, steps=4), resume=True)
     assert [line["step"] for line in log_of(settings.out)] == [1, 2, 3, 4]
-    with pytest.raises(ValueError, match="objective must be span_corruption, as in .*, got prefix_lm"):
+    with pytest.raises(ValueError, match=r"objective must be span_corruption, as in .*, got prefix_lm"):
         pretrain(dataclasses.replace(settings, objective="prefix_lm"), resume=True)
     again = settings_of(world, tmp_path / "again", variant=str(folder / "config.json"))
     assert model_config(again, VOCABULARY) == as_decoder_only(CONFIG)
