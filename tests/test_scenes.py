@@ -40,7 +40,7 @@ from simvlm.data.scenes import (
 from simvlm.data.shards import ImageTextShards
 from simvlm.data.world import write_world
 
-GOLDEN = "b93b37c564cc20935d6c644967d0eb98d510d200b2db88a467b39caed0fe4c34"
+GOLDEN = "831afef913d0c2d36f947c6589a2efb763a52c79e71e0e93cc172cb7d98fb0ec"
 
 
 def fingerprint() -> str:

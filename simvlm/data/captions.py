@@ -22,6 +22,15 @@ PARTIAL_PERCENT, WRONG_PERCENT = 30, 10
 _PROMPTED_PERCENT = 90
 """of the complete captions."""
 
+_PARTLY_SAID = (
+    ("kind",),
+    ("size", "kind"),
+    ("colour",),
+    ("size", "colour"),
+    ("texture", "kind"),
+    ("texture", "colour"),
+    ("size", "texture", "kind"),
+)
 _INTROS = ("", "", "image of ", "drawing of ", "there is ", "photo with ", "shapes: ", "stock picture, ")
 _BENCHMARK_PHRASES = {
     "left of": ("to the left of", "on the left side of", "left of"),
@@ -84,7 +93,7 @@ def benchmark_captions(scene: Scene, seed: int = 0) -> list[str]:
 
 
 def _complete(shapes: Sequence[Shape], draws: Draws) -> str:
-    said = ["colour", "kind", *(["size"] if draws.chance(50) else []), *(["texture"] if draws.chance(30) else [])]
+    said = ["colour", "kind", *(["size"] if draws.chance(50) else []), *(["texture"] if draws.chance(60) else [])]
     return _alt_text(_related(shapes, said, draws), draws, len(shapes))
 
 
@@ -92,9 +101,7 @@ def _partial(shapes: Sequence[Shape], draws: Draws) -> str:
     """Without a shape, without relations, or without colours or kinds."""
     what = draws.choose(("words", "relations", "shapes")) if len(shapes) > 1 else "words"
     if what == "words":
-        said = draws.choose(
-            (("kind",), ("size", "kind"), ("colour",), ("size", "colour"), ("size",), ("texture", "kind"))
-        )
+        said = draws.choose(_PARTLY_SAID)
         return _alt_text(_related(shapes, said, draws), draws, len(shapes))
     said = draws.choose((("colour", "kind"), ("size", "colour", "kind")))
     if what == "relations":

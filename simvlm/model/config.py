@@ -173,7 +173,7 @@ def _size(layers: int, width: int, heads: int, mlp: int, conv: tuple[int, ...], 
 VARIANTS: dict[str, SimVLMConfig] = {
     "demo": _size(2, 128, 4, 512, (1, 3), decoder_depth=3, conv_stem="small", conv_stem_width=32, conv_widths=(16, 32),
                   conv_strides=(2, 2), conv_last_weight=1.0, init_std=0.08,  # as a short run of a narrow model wants it
-                  image_size=64, vocab_size=512, max_text_len=64),  # ours: learns on two CPU cores
+                  image_size=64, vocab_size=512, max_text_len=128),  # ours: learns on two CPU cores
     "small": _size(8, 512, 8, 2048, _RESNET50),  # ours; depth and width: the paper's ablations (recalled)
     "base": _size(12, 768, 12, 3072, _RESNET101),  # ViT-B (Dosovitskiy et al. 2021, table 1) in each stack
     "large": _size(24, 1024, 16, 4096, _RESNET152),  # ViT-L

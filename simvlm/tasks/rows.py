@@ -37,7 +37,9 @@ class Scale:
 
     Attributes:
         variant: of the model, as for `simvlm pretrain`.
-        steps, pairs, documents: of pretraining, and what is in a step.
+        steps: of the pretraining of the model that everything but the ablation asks.
+        ablation_steps: of the pretraining of the ablation's models.
+        pairs, documents: what is in a step.
         pretraining: the optimizer.
         lr: of finetuning, to choose from on dev.
         ablation_lr, ablation_epochs: of the ablation's finetuning: one for all rows.
@@ -53,6 +55,7 @@ class Scale:
 
     variant: str
     steps: int
+    ablation_steps: int
     pairs: int
     documents: int
     pretraining: OptimizerSettings
@@ -75,9 +78,10 @@ class Scale:
 _PAPER = OptimizerSettings(warmup=0.1)
 _PAPERS_LR = (1e-5, 2e-5, 5e-5)
 _EPOCHS = {"vqav2": 10, "nlvr2": 10, "snli-ve": 5, "nli": 3, "coco": 10, "multi30k": 10, "translation": 10}
-_SMALL = Scale(  # the paper's ablation: 200,000 steps (recalled)
+_SMALL = Scale(
     variant="small",
     steps=200_000,
+    ablation_steps=200_000,  # as the paper's (recalled)
     pairs=4096,
     documents=512,
     pretraining=OptimizerSettings(),
@@ -94,9 +98,10 @@ _SMALL = Scale(  # the paper's ablation: 200,000 steps (recalled)
 SCALES = {
     "demo": Scale(
         variant="demo",
-        steps=2500,
+        steps=8000,
+        ablation_steps=2000,
         pairs=32,
-        documents=4,
+        documents=8,
         pretraining=OptimizerSettings(lr=6e-4, beta2=0.98, max_grad_norm=1.0),
         # Of a model of this size, which has nothing to spare: no dropout, and a rate that leaves alone what it knows.
         lr=(2e-4,),
@@ -127,6 +132,7 @@ SCALES = {
     "base": dataclasses.replace(_SMALL, variant="base", steps=1_000_000),
 }
 
+HEADLINE = "headline"
 FULL = "full"
 NO_PRETRAINING = "no-pretraining"
 ABLATION: dict[str, dict[str, Any]] = {
@@ -170,8 +176,8 @@ def jobs(scale: Scale, data: Data, stages: int) -> list[Job]:
         ]
         for row in (*ABLATION, NO_PRETRAINING)
     }
-    # The first model and all that is asked of it, then the rows, seed by seed: a run that is stopped has whole tables.
-    made = [*by_row[FULL].pop(0), *_one_model(scale, data)]
+    # The model that is asked everything, then the rows, seed by seed: a run that is stopped has whole tables.
+    made = _headline(scale, data)
     while any(by_row.values()):
         for of_seeds in by_row.values():
             made += of_seeds.pop(0) if of_seeds else []
@@ -185,15 +191,8 @@ def _ablation(scale: Scale, data: Data, row: str, seed: int, stages: int) -> lis
     start: dict[str, Any] = {"variant": scale.variant, "tokenizer": data.tokenizer}
     if row != NO_PRETRAINING:
         pretrained = pretrain_name(row, seed)
-        made.append(
-            Job(
-                name=pretrained,
-                kind="pretrain",
-                row=row,
-                seed=seed,
-                settings=_pretraining(scale, data, row, seed, stages),
-            )
-        )
+        settings = _pretraining(scale, data, row, seed, stages)
+        made.append(Job(name=pretrained, kind="pretrain", row=row, seed=seed, settings=settings))
         start = {"checkpoint": f"@{pretrained}"}
     lr = (scale.ablation_lr,)
     epochs = scale.ablation_epochs
@@ -202,10 +201,12 @@ def _ablation(scale: Scale, data: Data, row: str, seed: int, stages: int) -> lis
     return made
 
 
-def _one_model(scale: Scale, data: Data) -> list[Job]:
-    """What the full model of seed 0 is asked beside the ablation."""
-    own = f"@{pretrain_name(FULL, 0)}"
-    made = []
+def _headline(scale: Scale, data: Data) -> list[Job]:
+    """The model that is trained longest, and all that it is asked."""
+    name = f"pretrain/{HEADLINE}"
+    own = f"@{name}"
+    settings = _pretraining(scale, data, FULL, 0, 0) | {"steps": scale.steps}
+    made = [Job(name=name, kind="pretrain", row=HEADLINE, seed=0, settings=settings)]
 
     def tune(task: str, name: str, **settings: Any) -> str:
         made.append(
@@ -270,7 +271,7 @@ def _pretraining(scale: Scale, data: Data, row: str, seed: int, stages: int) -> 
         changes["conv_stages"] += stages
     return {
         "variant": scale.variant,
-        "steps": scale.steps,
+        "steps": scale.ablation_steps,
         "seed": seed,
         "data": DataSettings(
             pairs=(data.pairs,),
