@@ -356,7 +356,7 @@ def test_a_fraction_is_told_and_stays(world, tmp_path, capsys):
     settings = _changed(world, tmp_path / "run", {"fraction": 0.1}, steps=1)
     pretrain(settings)
     assert "data.fraction 0.1: 6 of the 60 pairs are used" in capsys.readouterr().err
-    with pytest.raises(ValueError, match=r"data\.pairs must be the 6 samples that .* was trained with, got 60"):
+    with pytest.raises(ValueError, match=r"data\.pairs must be 6 pairs, as in .*, got 60 pairs"):
         pretrain(_changed(world, tmp_path / "run", {"fraction": 1.0}, steps=2), resume=True)
 
 

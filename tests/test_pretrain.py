@@ -95,6 +95,9 @@ def test_yaml_that_is_no_run(text, message, tmp_path):
         (["--data.tokenizer", "nowhere.model"], "nowhere.model"),
         (["--data.pairs", "nowhere/*.tar"], "no file matches nowhere"),
         (["--device", "gpu"], "device must be one of this machine's, got 'gpu'"),
+        (["--jax.mesh", "1", "2", "1"], r"jax.mesh must be left out with engine torch, got \(1, 2, 1\)"),
+        (["--engine", "jax", "--torch.compile"], "torch.compile must be left out with engine jax, got True"),
+        (["--accumulate", "7"], "accumulate must be at most the 6 samples of a step, got 7"),
         (["--impl", "cp"], "impl must be one of .*, got 'cp'; did you mean 'cpp'"),
     ],
 )
@@ -439,7 +442,7 @@ def test_a_refused_resume_spoils_nothing(change, world, tmp_path):
         pairs = ImageTextShards(settings.data.pairs)
         train_tokenizer([pairs.text(i) for i in range(len(pairs))] * 2 + ["äöü" * 9], other, vocab_size=VOCABULARY)
         wrong = dataclasses.replace(settings, data=dataclasses.replace(settings.data, tokenizer=str(other)))
-        message = r"data.tokenizer must be the one that .*step-00000002 was trained with"
+        message = r"data.tokenizer must be of sha256 \w+, as in .*step-00000002, got of sha256"
     elif change == "model":
         other = tmp_path / "other.json"
         other.write_text(json.dumps(CONFIG.to_dict() | {"decoder_positions": "continue"}))
@@ -448,7 +451,7 @@ def test_a_refused_resume_spoils_nothing(change, world, tmp_path):
     else:
         shard = sorted((world / "pairs").glob("*.tar"))[0]
         wrong = dataclasses.replace(settings, data=dataclasses.replace(settings.data, pairs=(str(shard),)))
-        message = "data.pairs must be the 60 samples that .* was trained with, got 32"
+        message = "data.pairs must be 60 pairs, as in .*, got 32 pairs"
     with pytest.raises(ValueError, match=message):
         pretrain(wrong, resume=True)
     assert (run / "run.yaml").read_text() == before

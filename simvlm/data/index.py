@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import uuid
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -166,8 +167,8 @@ def make(shard: str, scan: Callable[[str], Scan], *, folder: str | None = None) 
     found = scan(shard)
     path = place(shard, folder)
     header = {"version": _VERSION, "shard": stamp, "count": str(found.count), "cut": str(int(found.cut))}
-    # Renamed when whole: several processes may index one shard at once.
-    aside = path.with_name(f"{path.name}.{os.getpid()}")
+    # Renamed when whole: several processes, of several machines, may index one shard at once.
+    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside.write_bytes(save({name: np.ascontiguousarray(x) for name, x in found.arrays.items()}, header))

@@ -99,29 +99,23 @@ class Run:
 
     def _resume(self, folder: Path) -> None:
         state = checkpoint.read_state(folder)
-        for name, value in self._what_must_stay().items():
-            if state[name] != value:
-                setting, told, got = f"data.{name}", f"{state[name]}, as in {folder}", f"{value}"
-                if name == "tokenizer_sha256":
-                    setting, told, got = "data.tokenizer", f"the one that {folder} was trained with", "another"
-                elif name in ("pairs", "documents"):
-                    told = f"the {state[name]} samples that {folder} was trained with"
-                elif name in ("seed", "objective"):
-                    setting = name
-                raise ValueError(f"{setting} must be {told}, got {got}")
+        was = state["trained_with"]
+        for setting, value in self._trained_with().items():
+            if was.get(setting) != value:
+                raise ValueError(f"{setting} must be {was.get(setting)}, as in {folder}, got {value}")
         self.engine.load(folder)
         self.step, self.samples, self.skipped = state["step"], state["samples"], Counter(state["skipped"])
 
-    def _what_must_stay(self) -> dict[str, Any]:
-        """What a step's samples depend on, as a checkpoint remembers it."""
+    def _trained_with(self) -> dict[str, Any]:
+        """What a step's samples depend on, by setting, as a checkpoint remembers it: none may change in a run."""
         documents = self.mixture.documents
         return {
-            "tokenizer_sha256": self.mixture.tokenizer.sha256,
-            "pairs": self.mixture.num_pairs,
-            "documents": 0 if documents is None else len(documents),
+            "data.tokenizer": f"of sha256 {self.mixture.tokenizer.sha256}",
+            "data.pairs": f"{self.mixture.num_pairs} pairs",
+            "data.documents": f"{0 if documents is None else len(documents)} documents",
             "seed": self.mixture.seed,
-            "pairs_per_step": self.mixture.pairs_per_step,
-            "documents_per_step": self.mixture.documents_per_step,
+            "data.pairs_per_step": self.mixture.pairs_per_step,
+            "data.documents_per_step": self.mixture.documents_per_step,
             "objective": self.mixture.objective,
         }
 
@@ -219,7 +213,7 @@ class Run:
         return self._new_saving().finish()
 
     def _new_saving(self) -> checkpoint.Saving:
-        state = {"samples": self.samples, "skipped": dict(self.skipped), **self._what_must_stay()}
+        state = {"samples": self.samples, "skipped": dict(self.skipped), "trained_with": self._trained_with()}
         return checkpoint.Saving(
             self.folder,
             self.step,
@@ -272,7 +266,8 @@ class Run:
             display.say(f"step {step}: no checkpoint written: {error}")
 
     def _log(self, lr: float, window: Window, display: progress.Display) -> None:
-        memory = self.engine.peak_memory() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        own = self.engine.peak_memory() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        memory = int(self.processes.share(np.array([own])).max())
         entry = {
             "step": self.step,
             "lr": lr,

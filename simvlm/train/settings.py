@@ -77,7 +77,7 @@ class TorchSettings:
     replicas: int = 1
     """copies of the model, each cut over processes / replicas of them (FSDP2); as many as processes: none is cut"""
     sync_batch_norm: bool = True
-    """BatchNorm's statistics are of all processes' pictures; off: of each one's own"""
+    """BatchNorm's statistics are of all processes' pictures; off: of each one's own, and the first's are saved"""
     compile: bool = False
     """torch.compile of every transformer layer"""
 
@@ -198,6 +198,16 @@ def check(settings: PretrainSettings) -> None:
     )
     _require("accumulate", settings.accumulate >= 1, "at least 1", settings.accumulate)
     _require("ema", settings.ema is None or 0 < settings.ema < 1, "between 0 and 1, or None", settings.ema)
+    samples = sum(
+        getattr(data, name) for name, used in zip(("pairs_per_step", "documents_per_step"), read, strict=True) if used
+    )
+    _require(
+        "accumulate", settings.accumulate <= samples, f"at most the {samples} samples of a step", settings.accumulate
+    )
+    other, options = ("torch", settings.torch) if settings.engine == "jax" else ("jax", settings.jax)
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        _require(f"{other}.{field.name}", value == field.default, f"left out with engine {settings.engine}", value)
     if settings.engine == "jax":
         given = {name: getattr(settings, name) for name in ("ema", "init_conv", "profile")}
         given["held_out"] = settings.held_out.pairs + settings.held_out.documents

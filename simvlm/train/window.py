@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from typing import Any, NamedTuple
 
@@ -72,19 +73,20 @@ class Window:
         self.began = time.perf_counter()
         self.waited = self.stepped = 0.0
         self.nll = np.zeros(2)
-        self.sums = np.zeros(len(Told._fields), np.int64)
+        self.sums = Told()
         self.steps = 0
         self.grad_norm = 0.0
 
     def add(self, told: Told, loss: StepLoss) -> None:
-        self.sums += np.array(told)  # the sum of hashes may wrap around
+        # Integers of any size: a window of a large model holds more than 2**63 FLOPs.
+        self.sums = Told(*map(operator.add, self.sums, told))
         self.nll += loss.nll
         self.grad_norm += loss.grad_norm
         self.steps += 1
 
     def summary(self) -> dict[str, Any]:
         """Losses per suffix token, in nats; rates per second, over all processes."""
-        told = Told(*self.sums.tolist())
+        told = self.sums
         seconds = time.perf_counter() - self.began
         flops = told.flops / seconds
         utilization = {} if self.peak_flops is None else {"mfu": flops / self.peak_flops}
