@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from pretrain_cases import break_pictures, log_of, make_world, model_of, settings_of
-from rank_cases import run, started, wait_for
+from rank_cases import TIMEOUT_S, run, started, wait_for
 
 from simvlm.train import checkpoint, loop
 from simvlm.train import settings as run_settings
@@ -82,10 +86,42 @@ def test_their_checkpoint_goes_on_with_other_numbers_of_ranks(count, world, two_
     same_run(log_of(out), log_of(two_ranks))
 
 
-def test_pieces_and_replicas_give_the_same(world, one_rank, tmp_path):
+@pytest.mark.parametrize("count", [2, 4])
+def test_pieces_and_replicas_give_the_same(count, world, one_rank, tmp_path):
     out = tmp_path / "run"
-    run(2, *configured(world, out, torch=TorchSettings(replicas=2)))
+    run(count, *configured(world, out, torch=TorchSettings(replicas=2)))
     same_run(log_of(out), log_of(one_rank))
+
+
+def test_torchrun_itself(world, one_rank, tmp_path):
+    """The command of README and docs/training.md."""
+    out = tmp_path / "run"
+    scripts = Path(sys.executable).parent
+    torchrun = [str(scripts / "torchrun"), "--nproc-per-node", "2", "--no-python", str(scripts / "simvlm")]
+    done = subprocess.run(
+        [*torchrun, *configured(world, out)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"trained: {out}" in done.stdout
+    same_run(log_of(out), log_of(one_rank))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("compiled", [False, True])
+def test_two_ranks_of_bfloat16(compiled, world, tmp_path):
+    """The products of one rank are rounded by autocast, those of two by FSDP2: near, not equal."""
+    logs = {}
+    for count in (1, 2):
+        out = tmp_path / f"run-{count}"
+        changes = {"precision": "bfloat16", "torch": TorchSettings(compile=compiled and count == 2)}
+        run(count, *configured(world, out, **changes))
+        logs[count] = log_of(out)
+    same_run(logs[2], logs[1], rtol=0.05)
 
 
 def test_micro_batches_remat_and_clipping_of_two_ranks(world, tmp_path):
