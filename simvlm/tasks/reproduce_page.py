@@ -152,13 +152,11 @@ class _Writer:
                 )
             )
             machines[name] = machines.get(name, 0) + 1
-        logs = [self.results.found(job.name).get("log") for job in self.results.jobs.values() if "/" not in job.row]
-        counts = sorted({log[-1]["step"] for log in logs if log} or {scale.steps})
-        steps = " or ".join(f"{count:,}" for count in counts)
         world = "on a generated world in the benchmarks' file formats" if self.scale_name == "demo" else "on real files"
         return [
-            f"The experiments of SimVLM (Wang et al. 2022) at scale {self.scale_name}, {world}: {steps} steps "
-            f"of {scale.pairs} pairs and {scale.documents} documents in pretraining, variant {scale.variant}; "
+            f"The experiments of SimVLM (Wang et al. 2022) at scale {self.scale_name}, {world}: "
+            f"{scale.steps:,} steps of {scale.pairs} pairs and {scale.documents} documents in pretraining, "
+            f"{scale.ablation_steps:,} in the ablation's, variant {scale.variant}; "
             f"{_many(scale.core_seeds, 'seed')} of the ablation's core rows, {_many(scale.seeds, 'seed')} of its "
             "others, one of everything else. The paper's figures stand beside ours for the direction, not the size: "
             "model, data and pictures are other ones. Figures marked “recalled” were not looked up.",

@@ -11,10 +11,11 @@ from typing import Any
 
 from simvlm.tasks.metrics import Interval, student
 from simvlm.tasks.reproduce import Job, result_path
-from simvlm.tasks.rows import ABLATION, CORE, FULL, NO_PRETRAINING
+from simvlm.tasks.rows import ABLATION, CORE, FULL, HEADLINE, NO_PRETRAINING
 
 NOT_RUN = "not run"
 LABELS = {
+    HEADLINE: "full, trained longest",
     FULL: "full: PrefixLM, encoder and decoder",
     "no-pretraining": "no pretraining",
     "lm": "causal LM",
@@ -28,7 +29,7 @@ LABELS = {
     "decoder-only-lm": "decoder-only, causal LM",
     "tenth-of-pairs": "a tenth of the pairs",
 }
-"""Of the ablation's rows."""
+"""Of what is pretrained."""
 
 
 class Results:

@@ -9,7 +9,7 @@ from simvlm.tasks import paper
 from simvlm.tasks.metrics import Interval
 from simvlm.tasks.nocaps import DOMAINS
 from simvlm.tasks.reproduce_results import LABELS, NOT_RUN, Compared, Results, apart, interval, shown
-from simvlm.tasks.rows import FULL
+from simvlm.tasks.rows import FULL, HEADLINE
 
 PICTURES = ("own", "masked", "shuffled")
 LEAST_SCORE, MOST_BLIND, LEAST_GAIN = 85.0, 5.0, 20.0
@@ -48,7 +48,7 @@ class Goal:
 def tables(results: Results, compared: list[Compared]) -> list[Table]:
     """All, in the order of the page."""
     return [
-        _ablation(results, compared),
+        _model(results),
         _finetuning(results),
         _captions(results),
         _nocaps(results),
@@ -57,6 +57,7 @@ def tables(results: Results, compared: list[Compared]) -> list[Table]:
         _open_vqa(results),
         _probe(results),
         _text(results),
+        _ablation(results, compared),
     ]
 
 
@@ -102,6 +103,17 @@ _KINDS = {
 }
 
 
+def _model(results: Results) -> Table:
+    log = results.found(f"pretrain/{HEADLINE}").get("log", [])
+    cells = (f"{log[-1]['step']:,}", f"{log[-1]['loss']:.3f}") if log else (NOT_RUN, NOT_RUN)
+    return Table(
+        "The model",
+        "What every table but the ablation asks. The loss: nats per target token, of the last steps.",
+        ("pretraining", "steps", "loss"),
+        (Row((LABELS[FULL], *cells), (f"pretrain/{HEADLINE}",)),),
+    )
+
+
 def _ablation(results: Results, compared: list[Compared]) -> Table:
     rows = []
     full = paper.ABLATION[FULL]
@@ -127,10 +139,11 @@ def _ablation(results: Results, compared: list[Compared]) -> Table:
         rows.append(Row(cells, jobs))
     return Table(
         "Ablation: VQA after pretraining in other ways",
-        "The difference is to the full model with the same seed, its 95 % interval Student's over seeds; a row is "
-        "decided only where the interval excludes zero. Intervals are not corrected for how many rows there are: of "
-        "twenty comparisons of equals one would be decided. That each row lies below the full one in the paper was "
-        "seen; its figures are recalled, of another model on other pictures: directions compare, sizes do not.",
+        "Models of their own, trained shorter. The difference is to the full model with the same seed, its 95 % "
+        "interval Student's over seeds; a row is decided only where the interval excludes zero. Intervals are not "
+        "corrected for how many rows there are: of twenty comparisons of equals one would be decided. That each row "
+        "lies below the full one in the paper was seen; its figures are recalled, of another model on other pictures: "
+        "directions compare, sizes do not.",
         ("pretraining", "paper", "paper's direction", "ours, mean", "each seed", "difference", "verdict"),
         tuple(rows),
     )
