@@ -194,11 +194,12 @@ class Unreadable(ImageTextShards):
 
 
 _SCRIPT = """
-    import sys, time
+    import signal, sys
     from test_workers import mixture
     from pathlib import Path
 
     if __name__ == "__main__":
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts in the background
         batches = mixture(Path(sys.argv[1])).iterate(0, 10**6, workers=2)
         for mixed in batches:
             print(*(worker.process.pid for worker in batches._workers), flush=True)
