@@ -97,6 +97,10 @@ def _index(settings: PretrainSettings, processes: Processes) -> None:
     if processes.count == 1:
         return
 
+    def say(text: str) -> None:
+        if processes.is_first:
+            print(f"process 0 of {processes.count}: {text}", file=sys.stderr, flush=True)
+
     def scan() -> None:
         for pattern, scan_shard in (
             (data.pairs, shards.scan),
@@ -106,7 +110,7 @@ def _index(settings: PretrainSettings, processes: Processes) -> None:
         ):
             if pattern:
                 own = shards.expand(pattern)[processes.index :: processes.count]
-                index.indices(own, scan_shard, folder=data.index, say=None)
+                index.indices(own, scan_shard, folder=data.index, say=say)
 
     processes.together(scan)
 
