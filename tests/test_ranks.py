@@ -283,6 +283,44 @@ def test_a_full_disk_on_one_rank_is_told_by_the_first(world, tmp_path):
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000006"]
 
 
+def test_no_rank_can_write_a_checkpoint(world, tmp_path):
+    """The limit on a file's size stands for a full disk: torch's own writers fail on it, in each process."""
+    program = tmp_path / "limited.py"
+    program.write_text(
+        "import resource, sys\n"
+        "from simvlm import cli\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))\n"
+        "sys.exit(cli.main(sys.argv[1:]))\n"
+    )
+    out = tmp_path / "run"
+    run(2, *configured(world, out, steps=3, checkpoint_every=3))
+    before = sorted(path.name for path in (out / "checkpoints").rglob("*"))
+    command = ["pretrain", "--resume", str(out), "--steps", "8"]
+    with started(2, command, first=[str(program)]) as processes:
+        said = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1], said
+    assert "step 6: no checkpoint written" in said[0]
+    for rank, text in enumerate(said):
+        last = text.splitlines()[-1]
+        assert last.startswith("simvlm pretrain: cannot write"), text
+        assert f"process {rank}: " in last
+        assert "File too large" in last
+    assert sorted(path.name for path in (out / "checkpoints").rglob("*")) == before
+    assert log_of(out)[-1]["step"] == 8
+
+
+def test_a_folder_that_cannot_be_made(world, tmp_path):
+    (tmp_path / "file").touch()
+    file = tmp_path / "settings"
+    file.mkdir()
+    run_settings.save(settings_of(world, tmp_path / "file" / "run"), file)
+    with started(2, ["pretrain", "--config", str(file / "run.yaml")]) as processes:
+        said = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1]
+    for text in said:
+        assert "Not a directory" in text.splitlines()[-1], text
+
+
 def test_skipped_samples_of_all_ranks_are_listed_once(one_rank, two_ranks):
     lists = [sorted((out / loop.SKIPPED).read_text().splitlines()) for out in (one_rank, two_ranks)]
     assert lists[0] == lists[1]

@@ -129,9 +129,7 @@ class Run:
             OSError: the last checkpoint could not be written, or the data not read.
         """
         settings = self.settings
-        if self.processes.is_first:
-            for name in (LOG, SKIPPED, HELD_OUT):  # what comes after the checkpoint will be written again
-                _keep_until(self.folder / name, self.step)
+        self.processes.together(self._forget_what_comes_again)
         batches = self.mixture.iterate(self.step, settings.steps, workers=settings.data.workers)
         display = progress.Display(self.folder, settings.steps, self.step, quiet=not self.processes.is_first)
         with (
@@ -141,6 +139,12 @@ class Run:
             Watchdog(settings.stall_s, display.say, batches.doing) as watchdog,
         ):
             return self._steps(batches, stop, display, watchdog)
+
+    def _forget_what_comes_again(self) -> None:
+        """What the logs tell of steps after the checkpoint."""
+        if self.processes.is_first:
+            for name in (LOG, SKIPPED, HELD_OUT):
+                _keep_until(self.folder / name, self.step)
 
     def _steps(self, batches: Batches, stop: list[int], display: progress.Display, watchdog: Watchdog) -> Path:
         settings = self.settings

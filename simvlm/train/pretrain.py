@@ -84,10 +84,14 @@ def _run(settings: PretrainSettings, tokenizer: Tokenizer, config: SimVLMConfig,
     if settings.held_out.pairs or settings.held_out.documents:
         held_out = HeldOut(settings, config, tokenizer, processes)
     run = loop.Run(engine, mixture, settings, config, held_out)
-    if processes.is_first:
-        Path(settings.out).mkdir(parents=True, exist_ok=True)
-        # After all that may refuse: a run that stands must not be spoilt.
-        run_settings.save(settings, Path(settings.out))
+
+    def write_settings() -> None:
+        if processes.is_first:
+            Path(settings.out).mkdir(parents=True, exist_ok=True)
+            run_settings.save(settings, Path(settings.out))
+
+    # After all that may refuse: a run that stands must not be spoilt.
+    processes.together(write_settings)
     return run
 
 

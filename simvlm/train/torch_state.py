@@ -7,7 +7,9 @@ file, under its canonical names: what torch's checkpoint format promises no late
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from simvlm.data.tokenizer import Tokenizer
@@ -27,6 +30,20 @@ from simvlm.train.export import EMA
 DCP = "dcp"
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # a run of one process
+
+
+@contextlib.contextmanager
+def _of_checkpoints() -> Iterator[None]:
+    """What failed in some process, as an OSError: torch's own is no Exception, and nobody's `except` would see it."""
+    try:
+        yield
+    except CheckpointException as error:
+        told = {rank: _line(cause) for rank, (cause, _) in error.failures.items()}
+        raise OSError("; ".join(f"process {rank}: {text}" for rank, text in sorted(told.items()))) from error
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 class TorchState:
@@ -57,13 +74,15 @@ class TorchState:
         """Copies the state to the host, and writes it while training goes on."""
         weights = self.gathered_weights()
         average = self._gathered(self.model.state_dict() | self.ema) if self.ema else None
-        cut = dcp.async_save(
-            self._state(), checkpoint_id=folder / DCP, process_group=self.group, no_dist=self.group is None
-        )
+        with _of_checkpoints():
+            cut = dcp.async_save(
+                self._state(), checkpoint_id=folder / DCP, process_group=self.group, no_dist=self.group is None
+            )
         assert isinstance(cut, Future)
 
         def write() -> None:
-            cut.result()
+            with _of_checkpoints():
+                cut.result()
             if self.is_first:
                 save = lambda path: safetensors.torch.save_file(weights, path, METADATA)  # noqa: E731
                 folders.write(folder, self.config, tokenizer, save)
@@ -76,6 +95,7 @@ class TorchState:
         """Takes back what `save` wrote, on any number of processes.
 
         Raises:
+            OSError: a file cannot be read.
             ValueError: config or tensors are not those of this model; every difference is named.
         """
         folders.check_config(folder, self.config)
@@ -92,7 +112,8 @@ class TorchState:
         elif not any(name.startswith("ema.") for name in found):
             raise ValueError(f"ema must be None, as in the run that wrote {folder}, which holds no average")
         folders.check_tensors(names, found, str(folder / DCP))
-        dcp.load(state, checkpoint_id=folder / DCP, process_group=self.group, no_dist=self.group is None)
+        with _of_checkpoints():
+            dcp.load(state, checkpoint_id=folder / DCP, process_group=self.group, no_dist=self.group is None)
 
     def _state(self) -> dict[str, Tensor]:
         state = {f"model.{name}": x for name, x in self.model.state_dict().items()}
