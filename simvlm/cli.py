@@ -129,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     caption.add_argument("images", nargs="+", metavar="IMAGE")
     caption.add_argument("--model", default="runs/demo/checkpoint", help="its folder (default: %(default)s)")
     caption.add_argument("--prompt", default="A picture of", help="the caption goes on from it (default: %(default)s)")
+    caption.add_argument("--begin", default="", help="the caption begins with it: in another language, say")
     caption.add_argument("--max-len", type=int, default=60, help="tokens at the most (default: %(default)s)")
     search = caption.add_mutually_exclusive_group()
     search.add_argument("--beam", type=int, default=4, help="hypotheses; 1 is greedy (default: %(default)s)")
@@ -245,7 +246,7 @@ def _caption(arguments: argparse.Namespace) -> str:
     from simvlm.model.generate import Sampling
 
     sample = Sampling(temperature=arguments.temperature, seed=arguments.seed) if arguments.sample else None
-    options = {name: getattr(arguments, name) for name in ("prompt", "beam", "max_len")}
+    options = {name: getattr(arguments, name) for name in ("prompt", "beam", "max_len", "begin")}
     texts, problems = caption(arguments.images, folder=arguments.model, sample=sample, **options)
     found = [(path, text) for path, text in zip(arguments.images, texts, strict=True) if text is not None]
     lines = [f"{path}: {' '.join(text.splitlines())}" for path, text in found]  # a line each, whatever was drawn

@@ -184,6 +184,27 @@ def test_batched_is_single(model, options):
         assert single.tokens == text.tokens
 
 
+@pytest.mark.parametrize("options", [{}, {"beam": 3}, {"sample": Sampling(temperature=0.01)}])
+def test_texts_that_have_to_begin_with_some_words(model, options):
+    """They go on as the model goes on from these words, which are not scored."""
+    images, prompts = _items(model.config)
+    begin = (7, 9, 7)
+    texts = model.generate(images, prompts, max_len=len(begin) + 1, begin=begin, **options)
+    for text, image, prompt in zip(texts, images, prompts, strict=True):
+        assert text.tokens[:3] == begin
+        log_p = _log_p(model, image, prompt, begin)
+        if options.get("beam", 1) == 1:
+            assert (*text.tokens, EOS)[3] == int(log_p.argmax())
+        torch.testing.assert_close(text.score, float(log_p.max()) / ((5 + 4) / 6) ** 0.6)
+
+
+def test_the_words_that_it_would_have_begun_with(model):
+    images, prompts = _items(model.config)
+    for text, image, prompt in zip(model.generate(images, prompts, max_len=MAX_LEN), images, prompts, strict=True):
+        (same,) = model.generate([image], [prompt], max_len=MAX_LEN, begin=text.tokens[:2])
+        assert same.tokens == text.tokens
+
+
 def test_images_alone_and_prompts_alone(model):
     images, prompts = _items(model.config)
     stacked = np.stack([image for image in images if image is not None])
@@ -307,6 +328,9 @@ def test_sampling_draws_from_the_model():
         (lambda m, i, p: m.generate(i, [[99]] * 4), r"prompts must be token ids below 40, got \[99\] at 0"),
         (lambda m, i, p: m.generate([i[0][:8]], [[]]), r"images must be uint8\[16, 16, 3\], got uint8\[8, 16, 3\]"),
         (lambda m, i, p: m.generate(i, p, max_len=25), "generate: max_len must be at most"),
+        (lambda m, i, p: m.generate(i, p, begin=[5, 99]), r"begin must be ids of words, below 40, got \[5, 99\]"),
+        (lambda m, i, p: m.generate(i, p, begin=[EOS]), "begin must be ids of words"),
+        (lambda m, i, p: m.generate(i, p, begin=[5, 6], max_len=2), "max_len must be above begin's 2 tokens, got 2"),
         (lambda m, i, p: Sampling(temperature=0), "Sampling: temperature must be above 0, got 0"),
     ],
 )

@@ -157,9 +157,9 @@ def test_captions_equal_torchs(name, sentinels, tmp_path):
     side = config.image_size
     images = [rng.integers(0, 256, (side, side, 3), dtype=np.uint8) if i != 1 else None for i in range(4)]
     prompts = [[5, 6, 7], [9, 8], [], [11]]
-    for beam in (1, 3):
-        expected = theirs.generate(images, prompts, beam=beam, max_len=8)
-        got = ours.generate(images, prompts, beam=beam, max_len=8)
+    for options in ({}, {"beam": 3}, {"beam": 3, "begin": [7, 9]}):
+        expected = theirs.generate(images, prompts, max_len=8, **options)
+        got = ours.generate(images, prompts, max_len=8, **options)
         assert [text.tokens for text in got] == [text.tokens for text in expected]
         assert all(token < config.num_pieces for text in got for token in text.tokens)
         np.testing.assert_allclose([x.score for x in got], [x.score for x in expected], rtol=1e-4)

@@ -21,6 +21,7 @@ def caption(
     beam: int = 4,
     sample: Sampling | None = None,
     max_len: int = 60,
+    begin: str = "",
 ) -> tuple[list[str | None], list[str]]:
     """The caption of each picture, without the prompt, and what went wrong with the others.
 
@@ -29,6 +30,7 @@ def caption(
         folder: of the model, as `simvlm.load` takes it.
         prompt: the words that the caption goes on from; "" for none.
         beam, sample, max_len: as for `simvlm.model.generate.generate`.
+        begin: the words that the caption begins with, of another language say; it includes them.
 
     Returns:
         A caption per path, None where the picture cannot be read; and a line for each of those, naming it.
@@ -51,7 +53,9 @@ def caption(
         part = readable[first : first + _PICTURES]
         prompts = [tokenizer.encode(prompt)] * len(part)
         beams = 1 if sample is not None else beam
-        written = model.generate(part, prompts, beam=beams, sample=sample, max_len=max_len)
+        written = model.generate(
+            part, prompts, beam=beams, sample=sample, max_len=max_len, begin=tokenizer.encode(begin)
+        )
         texts += [tokenizer.decode(text.tokens) for text in written]
     rest = iter(texts)
     return [None if picture is None else next(rest) for picture in pictures], problems

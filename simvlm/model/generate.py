@@ -18,7 +18,7 @@ from torch import Tensor
 from simvlm.model import search
 from simvlm.model.batch import IGNORED
 from simvlm.model.decoding import Decoding
-from simvlm.model.items import BOS, EOS, PAD, Images, batch_of
+from simvlm.model.items import BOS, EOS, PAD, Images, batch_of, check_begin
 from simvlm.model.noise import mix, uniform
 from simvlm.model.search import Generated
 from simvlm.model.torch_model import SimVLM
@@ -57,6 +57,7 @@ def generate(
     beam: int = 1,
     sample: Sampling | None = None,
     max_len: int = 30,
+    begin: Sequence[int] = (),
 ) -> list[Generated]:
     """The text that the model writes after each image and prompt.
 
@@ -67,12 +68,15 @@ def generate(
         beam: K; 1 is greedy.
         sample: draw instead of searching.
         max_len: tokens at the most, the end included.
+        begin: token ids that every text begins with, those of "Ein Bild von" for captions in German say. (The prompt
+            is read by the encoder; this is written.)
 
     Raises:
         ValueError: an argument is not what is written here.
     """
     _at_least_one("generate", "beam", beam)
     _at_least_one("generate", "max_len", max_len)
+    check_begin(begin, max_len, model.config)
     if sample is not None and beam != 1:
         raise ValueError(f"generate: beam must be 1 with sample, got {beam}")
     pieces = model.config.num_pieces
@@ -85,8 +89,8 @@ def generate(
     with _evaluating(model):
         step = Decoding(model, batch, beam, max_len).step
         if sample is not None:
-            return sample_search(step, count, sample, max_len, model.device, pieces)
-        return beam_search(step, count, beam, max_len, model.device, pieces)
+            return sample_search(step, count, sample, max_len, model.device, pieces, begin)
+        return beam_search(step, count, beam, max_len, model.device, pieces, begin)
 
 
 def score(
@@ -123,7 +127,13 @@ def encode_image(model: SimVLM, images: np.ndarray | Tensor) -> Tensor:
 
 
 def beam_search(
-    step: Step, count: int, beam: int, max_len: int, device: torch.device, pieces: int | None = None
+    step: Step,
+    count: int,
+    beam: int,
+    max_len: int,
+    device: torch.device,
+    pieces: int | None = None,
+    begin: Sequence[int] = (),
 ) -> list[Generated]:
     """The best hypothesis of each item; see search.py. Of the vocabulary only the first `pieces` are written."""
 
@@ -134,11 +144,17 @@ def beam_search(
         values, ids = (x.cpu().numpy() for x in _first_best(totals, 2 * beam))
         return values, *divmod(ids, log_p.shape[1])
 
-    return search.beam_search(best, count, beam, max_len)
+    return search.beam_search(best, count, beam, max_len, begin)
 
 
 def sample_search(
-    step: Step, count: int, sampling: Sampling, max_len: int, device: torch.device, pieces: int | None = None
+    step: Step,
+    count: int,
+    sampling: Sampling,
+    max_len: int,
+    device: torch.device,
+    pieces: int | None = None,
+    begin: Sequence[int] = (),
 ) -> list[Generated]:
     """One drawn text per item, by the Gumbel-max trick; of the first `pieces` of the vocabulary."""
     texts: list[list[int]] = [[] for _ in range(count)]
@@ -147,6 +163,10 @@ def sample_search(
     item_keys = mix(torch.arange(count, device=device)[:, None] + mix(torch.full((1,), sampling.seed, device=device)))
     for time in range(max_len):
         log_p = _log_p(step(tokens, time, None), pieces)
+        if time < len(begin):
+            tokens = torch.full_like(tokens, begin[time])
+            texts = [[*text, begin[time]] for text in texts]
+            continue
         channels = torch.arange(log_p.shape[1], device=device)
         gumbel = -torch.log(-torch.log(uniform(mix(item_keys + time) + channels)))
         tokens = (_restricted(log_p, sampling).double() + gumbel).argmax(1)

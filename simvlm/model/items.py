@@ -66,3 +66,14 @@ def batch_of(
         sources=np.array([TEXT_ONLY if picture is None else IMAGE_TEXT for picture in pictures], np.int8),
         sample_ids=np.arange(count),
     )
+
+
+def check_begin(begin: Sequence[int], max_len: int, config: SimVLMConfig) -> None:
+    """
+    Raises:
+        ValueError: these tokens cannot begin a text of at most `max_len` tokens.
+    """
+    if not all(0 <= token < config.num_pieces and token not in (PAD, BOS, EOS) for token in begin):
+        raise ValueError(f"generate: begin must be ids of words, below {config.num_pieces}, got {list(begin)}")
+    if len(begin) >= max_len:
+        raise ValueError(f"generate: max_len must be above begin's {len(begin)} tokens, got {max_len}")

@@ -17,7 +17,7 @@ from flax import nnx
 
 from simvlm.kernels import PrefixLayout, prefix_attention
 from simvlm.model import search, units
-from simvlm.model.items import BOS, PAD, Images, batch_of
+from simvlm.model.items import BOS, PAD, Images, batch_of, check_begin
 from simvlm.model.jax_model import PLAIN, SimVLM
 from simvlm.model.jax_transformer import Array, Execution, Layer
 from simvlm.model.search import Generated
@@ -33,6 +33,7 @@ def generate(
     *,
     beam: int = 1,
     max_len: int = 30,
+    begin: Sequence[int] = (),
     execution: Execution = PLAIN,
 ) -> list[Generated]:
     """The text that the model writes after each image and prompt, on one device.
@@ -43,6 +44,7 @@ def generate(
         prompts: n prefixes as token ids; None: none. An item without an image needs one.
         beam: K; 1 is greedy.
         max_len: tokens at the most, the end included.
+        begin: token ids that every text begins with.
         execution: without a mesh.
 
     Raises:
@@ -52,6 +54,7 @@ def generate(
     for name, value in (("beam", beam), ("max_len", max_len)):
         if value < 1:
             raise ValueError(f"generate: {name} must be at least 1, got {value}")
+    check_begin(begin, max_len, config)
     if 2 * beam > config.num_pieces:
         raise ValueError(f"generate: beam must be at most half the vocabulary, {config.num_pieces}, got {beam}")
     batch = batch_of("generate", config, images, prompts, None)
@@ -83,7 +86,7 @@ def generate(
         cache, values, ids = step(state, cache, prefix, prefix_layout, first, *given)
         return np.asarray(values), *divmod(np.asarray(ids), config.num_pieces)
 
-    return search.beam_search(best, count, beam, max_len)
+    return search.beam_search(best, count, beam, max_len, begin)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -107,12 +107,13 @@ class SimVLM(nnx.Module):
         *,
         beam: int = 1,
         max_len: int = 30,
+        begin: Sequence[int] = (),
         execution: Execution = PLAIN,
     ) -> list[Generated]:
         """What the model writes after each image and prompt; see `simvlm.model.jax_generate.generate`."""
         from simvlm.model.jax_generate import generate
 
-        return generate(self, images, prompts, beam=beam, max_len=max_len, execution=execution)
+        return generate(self, images, prompts, beam=beam, max_len=max_len, begin=begin, execution=execution)
 
     def save_pretrained(self, folder: str | Path, tokenizer: Any = None) -> None:
         """Weights, config and tokenizer into one folder; see `simvlm.model.jax_weights.save_pretrained`."""

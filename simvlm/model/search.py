@@ -4,14 +4,15 @@
 
 A hypothesis is finished when its end is among the K best continuations. An item is done when K have finished, or when
 no live one can still win: Σ ln p only falls, so its score is at most Σ ln p / ((5 + max_len) / 6)^0.6. At the length
-limit the live ones stand as they are. Ties go to the lowest id. A beam of one is greedy search.
+limit the live ones stand as they are. Ties go to the lowest id. A beam of one is greedy search. What a text has to
+begin with is no choice: it counts in len, and not in Σ ln p.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -36,12 +37,17 @@ class Generated:
     finished: bool
 
 
-def beam_search(best: Best, count: int, beam: int, max_len: int) -> list[Generated]:
-    """The best hypothesis of each of `count` items."""
+def beam_search(best: Best, count: int, beam: int, max_len: int, begin: Sequence[int] = ()) -> list[Generated]:
+    """The best hypothesis of each of `count` items, of those that begin with these tokens."""
     searches = [_Search(beam, max_len) for _ in range(count)]
     tokens, parents = [BOS] * (count * beam), None
     for time in range(max_len):
         found = best(tokens, time, parents, [score for search in searches for score in search.scores])
+        if time < len(begin):
+            for search in searches:
+                search.begin_with(begin[time])
+            tokens = [begin[time]] * (count * beam)
+            continue
         for search, *row in zip(searches, *(part.tolist() for part in found), strict=True):
             search.advance(list(zip(*row, strict=True)))
         if all(search.done for search in searches):
@@ -67,6 +73,9 @@ class _Search:
     @property
     def last(self) -> list[int]:
         return [text[-1] if text else PAD for text in self.texts]
+
+    def begin_with(self, token: int) -> None:
+        self.texts = [(*text, token) for text in self.texts]
 
     def advance(self, candidates: list[tuple[float, int, int]]) -> None:
         """Takes the 2K best (Σ ln p, parent, token), best first."""

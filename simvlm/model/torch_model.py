@@ -162,11 +162,12 @@ class SimVLM(nn.Module):
         beam: int = 1,
         sample: Sampling | None = None,
         max_len: int = 30,
+        begin: Sequence[int] = (),
     ) -> list[Generated]:
         """What the model writes after each image and prompt; see `simvlm.model.generate.generate`."""
         from simvlm.model.generate import generate
 
-        return generate(self, images, prompts, beam=beam, sample=sample, max_len=max_len)
+        return generate(self, images, prompts, beam=beam, sample=sample, max_len=max_len, begin=begin)
 
     def score(
         self,

@@ -106,13 +106,16 @@ def predict(task: Task, split: Split, settings: EvalSettings) -> Predicted:
     if task.head == "probe":
         return Predicted(probe.predict(task, split, model, batches, settings, bfloat16=bfloat16))
     classifier = None if task.head == "write" else _classifier(task, split, Path(settings.checkpoint), model)
+    begin = tokenizer.encode(settings.begin)
     found: dict[str, str] = {}
     for first in range(0, len(examples), settings.batch):
         part = examples[first : first + settings.batch]
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             if classifier is None:
                 prompts = [batches.prompt(example) for example in part]
-                texts = model.generate(batches.images(part), prompts, beam=settings.beam, max_len=settings.max_len)
+                texts = model.generate(
+                    batches.images(part), prompts, beam=settings.beam, max_len=settings.max_len, begin=begin
+                )
                 answers = [tokenizer.decode(text.tokens).strip() for text in texts]
             else:
                 batch = batches.batch(part, None, ids=range(first, first + len(part)))

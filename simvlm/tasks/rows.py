@@ -15,6 +15,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from simvlm.data.documents import GERMAN_PROMPT
 from simvlm.tasks.evaluate import SAMPLES
 from simvlm.tasks.reproduce import Job
 from simvlm.train.settings import DataSettings, OptimizerSettings
@@ -51,6 +52,7 @@ class Scale:
         device, precision: of all.
         image_size: of finetuning; None: as pretrained.
         max_len: tokens that are written at the most.
+        german: what zero-shot captions in German begin with.
     """
 
     variant: str
@@ -71,6 +73,7 @@ class Scale:
     stochastic_depth: float = 0.1
     image_size: int | None = None
     max_len: int = 30
+    german: str = ""
     device: str = "auto"
     precision: Any = "auto"
 
@@ -116,7 +119,7 @@ SCALES = {
             "nli": 16,
             "coco": 2,
             "multi30k": 6,
-            "translation": 3,
+            "translation": 1,
             "cola": 4,
             "rte": 4,
             "open-vqa": 4,
@@ -126,6 +129,7 @@ SCALES = {
         seeds=1,
         core_seeds=5,
         max_len=60,
+        german=GERMAN_PROMPT,
         device="cpu",
     ),
     "small": _SMALL,
@@ -238,7 +242,8 @@ def _headline(scale: Scale, data: Data) -> list[Job]:
         judge("translation", f"translation/{kind}", translator)
         for pictures in ("own", "masked", "shuffled"):
             judge("snli-ve", f"snli-ve/zero-shot-{kind}-{pictures}", nli, pictures=pictures)
-            judge("german-captions", f"german-captions/zero-shot-{kind}-{pictures}", translator, pictures=pictures)
+            german = {"pictures": pictures, "begin": scale.german}
+            judge("german-captions", f"german-captions/zero-shot-{kind}-{pictures}", translator, **german)
     judge(
         "open-vqa", "open-vqa/finetuned", tune("open-vqa", "open-vqa/finetuned", leave_out_answers=_OPEN_VQA_LEFT_OUT)
     )

@@ -85,6 +85,8 @@ class EvalSettings:
     batch: int = 64
     beam: int = 4
     max_len: int = 30
+    begin: str = ""
+    """what every written text begins with: the first words of captions in German, say"""
     limit: int | None = None
     """the first examples alone"""
     seed: int = 0
