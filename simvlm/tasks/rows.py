@@ -43,6 +43,7 @@ class Scale:
         pairs, documents: what is in a step.
         pretraining: the optimizer.
         lr: of finetuning, to choose from on dev.
+        lr_of: of tasks that have their own.
         ablation_lr, ablation_epochs: of the ablation's finetuning: one for all rows.
         epochs: of finetuning, by task.
         batch: of finetuning.
@@ -74,6 +75,7 @@ class Scale:
     image_size: int | None = None
     max_len: int = 30
     german: str = ""
+    lr_of: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
     device: str = "auto"
     precision: Any = "auto"
 
@@ -108,6 +110,7 @@ SCALES = {
         pretraining=OptimizerSettings(lr=6e-4, beta2=0.98, max_grad_norm=1.0),
         # Of a model of this size, which has nothing to spare: no dropout, and a rate that leaves alone what it knows.
         lr=(2e-4,),
+        lr_of={"translation": (5e-4,)},  # less, and what sees a picture goes on in English
         ablation_lr=2e-4,
         ablation_epochs=2,
         dropout=0.0,
@@ -119,7 +122,7 @@ SCALES = {
             "nli": 16,
             "coco": 2,
             "multi30k": 6,
-            "translation": 1,
+            "translation": 4,
             "cola": 4,
             "rte": 4,
             "open-vqa": 4,
@@ -213,9 +216,8 @@ def _headline(scale: Scale, data: Data) -> list[Job]:
     made = [Job(name=name, kind="pretrain", row=HEADLINE, seed=0, settings=settings)]
 
     def tune(task: str, name: str, **settings: Any) -> str:
-        made.append(
-            _finetune(scale, data, task, f"finetune/{name}", name, 0, lr=scale.lr, **{"checkpoint": own} | settings)
-        )
+        settings = {"checkpoint": own, "lr": scale.lr_of.get(task, scale.lr)} | settings
+        made.append(_finetune(scale, data, task, f"finetune/{name}", name, 0, **settings))
         return f"@finetune/{name}"
 
     def judge(task: str, name: str, checkpoint: str, **settings: Any) -> None:

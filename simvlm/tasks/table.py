@@ -165,7 +165,6 @@ _TASKS = (
         head="write",
         metric="bleu",
         splits=("", "val", "test_2016_flickr"),
-        prompt=PROMPT,  # the translator's language is German
         reads_source=False,
     ),
     Task(  # text alone: what the zero-shot transfer to german-captions learns from
