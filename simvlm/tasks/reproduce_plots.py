@@ -103,8 +103,8 @@ def gallery(panels: dict[str, list[Card]], path: Path, *, columns: int = 6) -> b
             image = Image.open(io.BytesIO(base64.b64decode(card.picture)))
             axes.imshow(image)
             mark = {"right": "✓ ", "wrong": "✗ "}.get(card.verdict, "")
-            said = textwrap.fill(f"{mark}{card.prediction}", 25)
-            text = f"{textwrap.fill(card.read, 25)}\n→ {said}" if card.read else said
+            said = textwrap.fill(f"{mark}{card.prediction}", 23)
+            text = f"{textwrap.fill(card.read, 23)}\n→ {said}" if card.read else said
             text = text.replace("$", r"\$")
             axes.text(0, 1.03 * image.height, text, va="top", fontsize=8.5)
     figure.savefig(path, bbox_inches="tight", pad_inches=0.1, metadata={"Software": None})
