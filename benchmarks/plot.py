@@ -52,7 +52,7 @@ def draw(report: dict[str, Any], op: str, path: Path) -> None:
     baselines = sorted({contest["baseline"] or "none" for contest in contests})
     figure.suptitle(
         f"{op}: time ÷ time of ours ({', '.join(baselines)}), {machine['device']}, {machine['threads']} threads\n"
-        "medians of interleaved rounds, lines p20–p80, log scale; right of 1× is slower than ours",
+        "medians of interleaved rounds, lines p20–p80, log scale\nright of 1× is slower than ours",
         fontsize=11,
     )
     handles = [Patch(facecolor=color, label=name) for name, color in colors.items()]

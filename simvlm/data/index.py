@@ -23,8 +23,8 @@ import numpy as np
 from safetensors.numpy import save
 
 _VERSION = "2"
-_OPEN = 128
-"""index files open at a time"""
+_OPEN = 256
+"""index files open at a time: a quarter of the files that a process may usually have"""
 _DTYPES: dict[str, np.dtype] = {"I64": np.dtype("<i8"), "U8": np.dtype("u1")}
 
 Say = Callable[[str], None]
