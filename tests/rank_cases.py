@@ -44,10 +44,10 @@ def started(count: int, arguments: Sequence[str], *, first: Sequence[str] = ("-m
             process.communicate()
 
 
-def run(count: int, *arguments: str) -> list[str]:
+def run(count: int, *arguments: str, timeout_s: float = TIMEOUT_S) -> list[str]:
     """What each process of `simvlm arguments…` said on stderr; all must end well."""
     with started(count, arguments) as processes:
-        said = [process.communicate(timeout=TIMEOUT_S)[1] for process in processes]
+        said = [process.communicate(timeout=timeout_s)[1] for process in processes]
         assert [process.returncode for process in processes] == [0] * count, "\n".join(said)
     return said
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from PIL import Image
 
 from simvlm.data.tokenizer import train_tokenizer
 from simvlm.model import SimVLM
+from simvlm.tasks import vqav2
 from simvlm.tasks.finetune import finetune
 from simvlm.tasks.settings import EvalSettings, FinetuneSettings
 from simvlm.tasks.table import TASKS
@@ -111,3 +113,27 @@ def painted(folder, answers=10):
         return found
 
     return change
+
+
+def give_karpathys_splits(folder):
+    """Writes `dataset_coco.json` beside VQA's files: every third picture of train is of val, and of val of test."""
+    asked = {split: vqav2.read(folder, split).examples for split in ("train", "val")}
+    places = {}
+    for split, names in (("train", ("val", "train", "train")), ("val", ("test", "restval", "restval"))):
+        numbers = sorted({_number(example) for example in asked[split]})
+        places |= {number: names[i % 3] for i, number in enumerate(numbers)}
+    content = json.dumps({"images": [{"cocoid": number, "split": place} for number, place in places.items()]})
+    (folder / "dataset_coco.json").write_text(content)
+    found = {split: [] for split in vqav2.KARPATHY}
+    for example in (*asked["train"], *asked["val"]):
+        found["karpathy-" + places[_number(example)].replace("restval", "train")].append(example)
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"]["dataset_coco.json"] = hashlib.sha256(content.encode()).hexdigest()
+    manifest["counts"] |= {split: len(examples) for split, examples in found.items()}
+    path.write_text(json.dumps(manifest))
+    return found
+
+
+def _number(example):
+    return int(example.images[0].stem[-12:])

@@ -169,6 +169,12 @@ def test_the_majority_is_of_each_group_and_chance_is_warned_of():
     assert {name: entry["value"] for name, entry in wrong.result["answers"].items()} == {"seen": 0.5, "unseen": 0}
     told = {"task": "vqav2", "split": "val", "examples": 6, "left_out": {}, **right.result}
     assert "unseen answers 100.0% (100.0% … 100.0%), 2 questions" in report.lines(told)
+    classed = score(task, split, {str(i): "yes" for i in range(6)}, classes=frozenset({"yes", "no"}))
+    assert {name: (entry["n"], entry["value"]) for name, entry in classed.result["domain"].items()} == {
+        "in-domain": (3, pytest.approx(2 / 3)),
+        "out-of-domain": (3, 0),
+    }
+    assert "out-of-domain  0.0% (0.0% … 0.0%), 3 questions" in report.lines(told | classed.result)
 
 
 def test_a_split_without_answers_has_predictions_and_no_score(runs, task_world):

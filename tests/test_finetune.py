@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from task_cases import (
     few,
     finetuned,
     finetuning,
+    give_karpathys_splits,
     painted,
     read,
     tensors_of,
@@ -323,6 +327,23 @@ def test_a_fraction_takes_all_captions_of_some_pictures(task_world, tmp_path, mo
     assert kept != {example.id for example in pictures[: len(kept)]}
 
 
+def test_vqa_on_the_splits_of_karpathy(task_world, tmp_path):
+    """The paper's open-ended table: trained and chosen on splits that are named, answers in the vocabulary or not."""
+    folder = Path(shutil.copytree(data_of(task_world, "open-vqa"), tmp_path / "vqav2"))
+    asked = give_karpathys_splits(folder)
+    options = {"data": str(folder), "splits": ("karpathy-train", "karpathy-val"), "lr": NO_STEP}
+    settings = dataclasses.replace(finetuning(task_world, "open-vqa", tmp_path / "run"), **options)
+    result = finetune(settings)
+    counts = (result["train_examples"], result["dev_examples"])
+    assert counts == (len(asked["karpathy-train"]), len(asked["karpathy-val"]))
+    settings = evaluating(task_world, "open-vqa", checkpoint=str(tmp_path / "run" / "checkpoint"), max_len=2)
+    found = evaluate(dataclasses.replace(settings, data=str(folder), split="karpathy-test"))
+    classes = vqav2.answer_vocabulary(folder, normalise=vqa_normalise)
+    answers = [vqa_normalise(vqav2.chosen_most(example.references)) for example in asked["karpathy-test"]]
+    counts = collections.Counter("in-domain" if answer in classes else "out-of-domain" for answer in answers)
+    assert {name: entry["n"] for name, entry in found["domain"].items()} == counts
+
+
 def test_answers_that_are_left_out_are_not_taught_and_asked_apart(task_world, tmp_path):
     options = {"lr": NO_STEP, "leave_out_answers": ("Yes", "striped")}
     result, _, _ = finetuned(task_world, "open-vqa", tmp_path / "run", **options)
@@ -460,6 +481,7 @@ REFUSED = {
     "no tokenizer": ("coco", {"variant": "demo"}, "tokenizer must be given with variant, got none"),
     "rand_augment": ("coco", {"rand_augment": True}, "rand_augment must be off for coco, which writes"),
     "soft": ("vqav2", {"label_smoothing": 0.1}, "label_smoothing must be 0 for vqav2, whose targets are soft already"),
+    "splits": ("vqav2", {"splits": ("train", "train")}, "splits must be two that differ, .*, got train train"),
     "answers": ("vqav2", {"leave_out_answers": ("red",)}, "leave_out_answers must be empty .*, got some for vqav2"),
     "a typo": (
         "open-vqa",

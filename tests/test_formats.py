@@ -8,6 +8,7 @@ import re
 import shutil
 
 import pytest
+from task_cases import give_karpathys_splits
 
 from simvlm.data.scenes import KINDS
 from simvlm.tasks import (
@@ -117,6 +118,22 @@ def test_a_test_split_without_annotations(copy):
     example = vqav2.read(folder, "test").examples[0]
     assert "test2015/COCO_test2015_0000004" in str(example.images[0])
     assert (example.references, example.group) == ((), "")
+
+
+def test_vqav2_by_the_splits_of_karpathy(copy):
+    folder = copy("vqav2")
+    expected = give_karpathys_splits(folder)
+    for split, examples in expected.items():
+        assert examples
+        assert vqav2.read(folder, split).examples == tuple(examples)
+    assert {e.images[0].parent.name for e in expected["karpathy-train"]} == {"train2014", "val2014"}
+    assert sum(vqav2.OFFICIAL_COUNTS[split] for split in expected) == 443_757 + 214_354  # each question in one of them
+    (folder / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"vqav2: karpathy-test must have 26280 examples officially, got \d+"):
+        vqav2.read(folder, "karpathy-test")
+    (folder / "dataset_coco.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"dataset_coco.json must be there, got no such file; download it"):
+        vqav2.read(folder, "karpathy-val")
 
 
 def test_answer_vocabulary_and_soft_scores(copy):

@@ -168,14 +168,19 @@ def same_bits(out, whole, steps):
     assert all(np.array_equal(tensors[name], expected[name]) for name in expected)
 
 
+LENIENT = ("--data.max_skipped_share", "1")
+"""of long runs: a twelfth of the pairs is broken, and with a thousand samples a run would stop at that"""
+LONG_S = 3600
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("count", [1, 2])
 def test_runs_killed_a_dozen_times_give_the_same_bits(count, world, tmp_path):
     """At any moment: while they start, in a step, while a checkpoint is written or put into its place."""
     whole, out = tmp_path / "whole", tmp_path / "run"
     options = {"steps": 400, "checkpoint_every": 7, "ema": 0.9}
-    run(count, *configured(world, whole, **options))
-    command = configured(world, out, **options)
+    run(count, *configured(world, whole, **options), *LENIENT, timeout_s=LONG_S)
+    command = [*configured(world, out, **options), *LENIENT]
     rng = random.Random(count)
     for kill in range(12):
         with started(count, command) as processes:
@@ -189,7 +194,7 @@ def test_runs_killed_a_dozen_times_give_the_same_bits(count, world, tmp_path):
             for process in processes:
                 process.send_signal(signal.SIGKILL)
         command = ["pretrain", "--resume", str(out)]
-    run(count, *command)
+    run(count, *command, timeout_s=LONG_S)
     same_bits(out, whole, 400)
 
 
@@ -197,7 +202,8 @@ def test_runs_killed_a_dozen_times_give_the_same_bits(count, world, tmp_path):
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_long_run_grows_no_fatter(count, world, tmp_path):
     out = tmp_path / "run"
-    run(count, *configured(world, out, steps=3000, checkpoint_every=100, keep=2, log_every=100, ema=0.9))
+    options = {"steps": 3000, "checkpoint_every": 100, "keep": 2, "log_every": 100, "ema": 0.9}
+    run(count, *configured(world, out, **options), *LENIENT, timeout_s=LONG_S)
     lines = [json.loads(line) for line in (out / loop.LOG).read_text().splitlines()]
     memory = [line["memory_gib"] for line in lines]
     assert memory[-1] < memory[len(memory) // 3] + 0.02

@@ -58,7 +58,10 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
         predicted = Predicted(predictions)
     else:
         predicted = predict(task, split, settings)
-    scored = score(task, split, predicted.answers, taught=predicted.taught, seed=settings.seed)
+    classes = None
+    if name in vqav2.KARPATHY:
+        classes = frozenset(vqav2.answer_vocabulary(settings.data, normalise=vqa_normalise))
+    scored = score(task, split, predicted.answers, taught=predicted.taught, classes=classes, seed=settings.seed)
     result = {
         "task": task.name,
         "split": name,
@@ -171,6 +174,7 @@ def score(
     predictions: Mapping[str, str],
     *,
     taught: frozenset[str] | None = None,
+    classes: frozenset[str] | None = None,
     seed: int = 0,
 ) -> Scored:
     """Scores of predictions by id; {} where the split has no answers or the task no metric.
@@ -178,6 +182,8 @@ def score(
     Args:
         taught: the answers that finetuning had, normalised: VQA's score is then told apart by whether it had the
             question's.
+        classes: VQA's vocabulary: its score is told apart by whether a classifier could give the question's answer
+            (the paper's in-domain and out-of-domain).
 
     Raises:
         ValueError: some examples have answers and some have none.
@@ -193,7 +199,7 @@ def score(
     if not all(answered):
         raise ValueError(f"{task.name}: all examples of {split.name} must have answers, got {sum(answered)} that do")
     if task.metric in ("accuracy", "vqa"):
-        return _score_each(task, split, predictions, taught, seed)
+        return _score_each(task, split, predictions, taught, classes, seed)
     result: dict[str, Any] = {}
     items: dict[str, float] = {}
     if task.metric == "bleu":
@@ -275,7 +281,12 @@ def scenes_of(examples: Sequence[Example]) -> dict[str, Scene] | None:
 
 
 def _score_each(
-    task: Task, split: Split, predictions: Mapping[str, str], taught: frozenset[str] | None, seed: int
+    task: Task,
+    split: Split,
+    predictions: Mapping[str, str],
+    taught: frozenset[str] | None,
+    classes: frozenset[str] | None,
+    seed: int,
 ) -> Scored:
     """Accuracy, or VQA's score, with the majority's beside it (of VQA, the majority of each question type)."""
     examples = split.examples
@@ -302,11 +313,15 @@ def _score_each(
         result["groups"] = {
             name: dataclasses.asdict(interval) for name, interval in by_group(values, groups, seed=seed).items()
         }
-    if taught is not None:
-        known = ["seen" if vqa_normalise(truth(example)) in taught else "unseen" for example in examples]
-        result["answers"] = {
-            name: dataclasses.asdict(interval) for name, interval in by_group(values, known, seed=seed).items()
-        }
+    for name, answers, (inside, outside) in (
+        ("answers", taught, ("seen", "unseen")),
+        ("domain", classes, ("in-domain", "out-of-domain")),
+    ):
+        if answers is not None:
+            known = [inside if vqa_normalise(truth(example)) in answers else outside for example in examples]
+            result[name] = {
+                part: dataclasses.asdict(interval) for part, interval in by_group(values, known, seed=seed).items()
+            }
     if (warning := chance_warning(mean, chance)) is not None:
         result["warning"] = warning
     return Scored(result, {example.id: found for example, found in zip(examples, values, strict=True)})

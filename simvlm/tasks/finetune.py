@@ -59,7 +59,8 @@ def finetune(settings: FinetuneSettings) -> dict[str, Any]:
     out = Path(settings.out)
     if (out / RESULT).exists():
         raise FileExistsError(f"out: {out} holds a finished run; another --out, or remove it")
-    train, dev = (task.read(settings.data, name, skip_missing=settings.skip_missing) for name in task.splits[:2])
+    splits = settings.splits or task.splits[:2]
+    train, dev = (task.read(settings.data, name, skip_missing=settings.skip_missing) for name in splits)
     labels = labels_of(task, train, settings.data)
     teaching, judging = _targets(task, train, labels), _targets(task, dev, labels)
     if settings.leave_out_answers:

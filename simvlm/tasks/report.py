@@ -16,6 +16,8 @@ def lines(result: dict[str, Any]) -> str:
         found += [f"    {name:20} {_shown(value)}" for name, value in result.get("groups", {}).items()]
     for name, value in result.get("answers", {}).items():
         found.append(f"  {name + ' answers':14} {_shown(value)}, {value['n']} questions")
+    for name, value in result.get("domain", {}).items():
+        found.append(f"  {name:14} {_shown(value)}, {value['n']} questions")
     if "bleu" in result:
         found.append(f"  BLEU-4   {_shown(result['bleu'], percent=False)}   {result['bleu']['signature']}")
     for group, entry in result.get("captions", {}).items():

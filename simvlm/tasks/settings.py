@@ -21,6 +21,8 @@ class FinetuneSettings:
     """its folder"""
     out: str
     """the run's folder; the model lies in its `checkpoint/`"""
+    splits: tuple[str, ...] = ()
+    """to train on, and to choose on; none: the task's train and dev"""
     checkpoint: str = ""
     """the pretrained model's folder; none: a model of `variant` that nothing trained"""
     variant: str = ""
@@ -103,6 +105,8 @@ def check_finetune(settings: FinetuneSettings, task: Task) -> None:
     """
     if not task.splits[0] or task.head == "probe":
         raise ValueError(f"task must be one that has a training split for finetuning, got {task.name}")
+    if settings.splits and len(set(settings.splits)) != 2:
+        raise ValueError(f"splits must be two that differ, to train and to choose on, got {' '.join(settings.splits)}")
     if bool(settings.checkpoint) == bool(settings.variant):
         raise ValueError(
             "checkpoint, variant: one of the two must be given, got " + ("both" if settings.variant else "none")

@@ -4,14 +4,15 @@
     train2014/COCO_train2014_000000000009.jpg       val2014/…  test2015/…
 
 The official test splits have no annotations; where an annotations file lies there all the same (the generated world's
-does), it is read.
+does), it is read. With Karpathy's `dataset_coco.json` in the folder, train and val can be split as VL-T5 does
+(Cho et al. 2021), by the split that their pictures have there: answers are known for all of its test split.
 """
 
 from __future__ import annotations
 
 import collections
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from simvlm.tasks import predictions as files
 from simvlm.tasks.annotations import Annotations, check_split
@@ -27,8 +28,18 @@ _FILES = {
     "test": ("test2015", "test2015"),
 }
 """how file names say the split, and its pictures' folder"""
-OFFICIAL_COUNTS = {"train": 443_757, "val": 214_354, "test-dev": 107_394, "test": 447_793}
-"""questions: visualqa.org/download.html"""
+KARPATHY = {"karpathy-train": ("train", "restval"), "karpathy-val": ("val",), "karpathy-test": ("test",)}
+"""what `dataset_coco.json` calls the split of their pictures"""
+OFFICIAL_COUNTS = {
+    "train": 443_757,
+    "val": 214_354,
+    "test-dev": 107_394,
+    "test": 447_793,
+    "karpathy-train": 605_102,
+    "karpathy-val": 26_729,
+    "karpathy-test": 26_280,
+}
+"""questions: visualqa.org/download.html; of Karpathy's splits: VL-T5's files, github.com/j-min/VL-T5/issues/6"""
 
 
 def read(folder: str | os.PathLike[str], split: str, *, skip_missing: bool = False) -> Split:
@@ -36,41 +47,21 @@ def read(folder: str | os.PathLike[str], split: str, *, skip_missing: bool = Fal
 
     Args:
         folder: with the files named above.
-        split: "train", "val", "test-dev" or "test".
+        split: "train", "val", "test-dev" or "test"; "karpathy-train", "karpathy-val" or "karpathy-test".
         skip_missing: leave out questions whose picture is missing.
 
     Raises:
         FileNotFoundError: a file or picture is missing.
         ValueError: a record is not as it should be, a question has no answers, another count or hash.
     """
-    check_split(TASK, split, tuple(_FILES))
-    name, pictures = _FILES[split]
+    check_split(TASK, split, (*_FILES, *KARPATHY))
     annotations = Annotations(TASK, folder)
-    questions = f"v2_OpenEnded_mscoco_{name}_questions.json"
-    answers: dict[int, tuple[str, tuple[str, ...]]] | None = None
-    if split in ("train", "val") or (annotations.folder / _annotations_file(split)).exists():
-        answers = _answers(annotations, split)
-    examples = []
-    for record in annotations.json(questions).records("questions"):
-        number = record.integer("question_id")
-        image = f"COCO_{pictures}_{record.integer('image_id'):012d}.jpg"
-        kind, references = "", tuple[str, ...]()
-        if answers is not None:
-            if number not in answers:
-                raise ValueError(
-                    f"{TASK}: question {number} must have answers in {_annotations_file(split)}, got none; "
-                    "download both files again"
-                )
-            kind, references = answers[number]
-        examples.append(
-            Example(
-                id=str(number),
-                images=(annotations.folder / pictures / image,),
-                text=record.text("question"),
-                references=references,
-                group=kind,
-            )
-        )
+    if split in KARPATHY:
+        places = _karpathy(annotations)
+        asked = (question for part in ("train", "val") for question in _questions(annotations, part))
+        examples = [example for image, example in asked if places.get(image) in KARPATHY[split]]
+    else:
+        examples = [example for _, example in _questions(annotations, split)]
     return annotations.split(split, examples, official=OFFICIAL_COUNTS[split], skip_missing=skip_missing, unique=True)
 
 
@@ -139,6 +130,41 @@ def read_predictions(path: str | os.PathLike[str]) -> dict[str, str]:
         ValueError: the file is in another format.
     """
     return files.read_list(path, TASK, "question_id", "answer")
+
+
+def _karpathy(annotations: Annotations) -> dict[int, str]:
+    """The split of each picture, by COCO's number."""
+    names = [name for names in KARPATHY.values() for name in names]
+    images = annotations.json("dataset_coco.json").records("images")
+    return {image.integer("cocoid"): image.choice("split", names) for image in images}
+
+
+def _questions(annotations: Annotations, split: str) -> Iterator[tuple[int, Example]]:
+    """(COCO's number of the picture, question) of one of the official splits."""
+    name, pictures = _FILES[split]
+    answers: dict[int, tuple[str, tuple[str, ...]]] | None = None
+    if split in ("train", "val") or (annotations.folder / _annotations_file(split)).exists():
+        answers = _answers(annotations, split)
+    for record in annotations.json(f"v2_OpenEnded_mscoco_{name}_questions.json").records("questions"):
+        number, picture = record.integer("question_id"), record.integer("image_id")
+        kind, references = "", tuple[str, ...]()
+        if answers is not None:
+            if number not in answers:
+                raise ValueError(
+                    f"{TASK}: question {number} must have answers in {_annotations_file(split)}, got none; "
+                    "download both files again"
+                )
+            kind, references = answers[number]
+        yield (
+            picture,
+            Example(
+                id=str(number),
+                images=(annotations.folder / pictures / f"COCO_{pictures}_{picture:012d}.jpg",),
+                text=record.text("question"),
+                references=references,
+                group=kind,
+            ),
+        )
 
 
 def _annotations_file(split: str) -> str:
