@@ -455,8 +455,10 @@ def test_rand_augment_is_for_training_and_drawn_anew_each_epoch(task_world, tmp_
     assert not np.array_equal(images(batches, 1), images(Batches(*arguments(batches), seed=3), 1))
     monkeypatch.setattr(batches_module, "random_resized_crop", lambda image, size, *key: image)
     twins = dataclasses.replace(made.examples[0], images=made.examples[0].images[:1] * 2)
-    left, right = batches.batch([twins], None, ids=[0], epoch=1).images
+    batch = batches.batch([twins] * 2, None, ids=[0, 1], epoch=1)
+    left, right = batch.images[:2]
     assert not np.array_equal(left, right)
+    assert len(set(batch.sample_ids.tolist())) == 4  # nor is any dropout the same
 
 
 def arguments(batches):

@@ -109,6 +109,8 @@ def pretend(monkeypatch):
             assert reproduce.checkpoint_of(by_name[job.needs], work).exists()
         if "broken" in job.name:
             raise ValueError("no luck")
+        if "killed" in job.name:
+            raise concurrent.futures.BrokenExecutor
         reproduce.checkpoint_of(job, work).mkdir(parents=True, exist_ok=True)
         done.append(job.name)
         return {"found": len(done)}
@@ -141,6 +143,13 @@ def test_jobs_behind_one_that_failed_fail_and_others_run(pretend, tmp_path):
     assert run([*chain("a", "broken", "c", "d"), *chain("e")], tmp_path) == ["broken", "c", "d"]
     assert sorted(done) == ["a", "e"]
     assert not list((tmp_path / "out/jobs").glob("*broken*"))
+
+
+def test_a_worker_that_is_killed_ends_the_run_and_is_named(pretend, tmp_path):
+    run, _ = pretend
+    with pytest.raises(OSError, match="a worker was killed at killed or beside it, out of memory perhaps"):
+        run(chain("killed"), tmp_path)
+    assert not list((tmp_path / "out/jobs").iterdir())
 
 
 def test_a_checkpoint_that_is_gone_is_made_again_where_it_is_needed(pretend, tmp_path):

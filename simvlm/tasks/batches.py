@@ -83,7 +83,8 @@ class Batches:
                 key = None if epoch is None else (self.seed, epoch, int(number), turn)
                 image = None if path is None else self._image(path, key)
                 source = TEXT_ONLY if image is None else IMAGE_TEXT
-                rows.append(Row(source, int(number), text, image))
+                own = int(number) * self.task.sequences + turn  # two pictures of one example have noise of their own
+                rows.append(Row(source, own, text, image))
         return pack(rows, self.config.image_size, _ROW_MULTIPLE)
 
     def prompt(self, example: Example) -> list[int]:

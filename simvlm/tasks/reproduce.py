@@ -96,7 +96,12 @@ def run(jobs: Sequence[Job], out: Path, work: Path, *, workers: int) -> list[str
                     text = json.dumps(future.result(), indent=1) + "\n"
                     write_whole(result_path(out, job.name), text.replace(f"{work}/", ""))  # paths of no one machine
                     print(f"{job.name}: done", flush=True)
-                except (ValueError, OSError) as error:
+                except concurrent.futures.BrokenExecutor:
+                    raise OSError(
+                        f"reproduce: a worker was killed at {job.name} or beside it, out of memory perhaps; "
+                        "the same command goes on, with fewer --workers if it happens again"
+                    ) from None
+                except (ValueError, OSError, RuntimeError) as error:  # torch's own, out of memory among them
                     failed.append(job.name)
                     print(f"{job.name}: {error}", flush=True)
     return failed
