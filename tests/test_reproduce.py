@@ -92,6 +92,18 @@ def test_every_command_parses_as_what_its_job_does(scale):
         assert parsed == wanted
 
 
+def test_the_world_has_every_split_that_a_job_reads(world):
+    """With answers, where they are scored."""
+    for job in jobs_of("demo"):
+        if job.kind == "pretrain":
+            continue
+        task = TASKS[job.settings["task"]]
+        wanted = task.splits[:2] if job.kind == "finetune" else (job.settings.get("split") or task.splits[2],)
+        for split in wanted:
+            found = task.read(world / "benchmarks" / task.folder, split)
+            assert task.metric == "none" or all(e.references or e.label is not None for e in found.examples), job.name
+
+
 class InProcess(concurrent.futures.ThreadPoolExecutor):
     """In place of processes, so that `do` can be another."""
 

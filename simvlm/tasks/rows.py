@@ -110,14 +110,15 @@ SCALES = {
         pretraining=OptimizerSettings(lr=6e-4, beta2=0.98, max_grad_norm=1.0),
         # Of a model of this size, which has nothing to spare: no dropout, and a rate that leaves alone what it knows.
         lr=(2e-4,),
-        lr_of={"translation": (5e-4,)},  # less, and what sees a picture goes on in English
+        # Less, and what sees a picture goes on in English; NLVR2 stops at 71 %.
+        lr_of={"translation": (5e-4,), "nlvr2": (5e-4,)},
         ablation_lr=2e-4,
         ablation_epochs=2,
         dropout=0.0,
         stochastic_depth=0.0,
         epochs={
             "vqav2": 10,
-            "nlvr2": 8,
+            "nlvr2": 12,
             "snli-ve": 12,
             "nli": 16,
             "coco": 2,
@@ -257,8 +258,8 @@ def _headline(scale: Scale, data: Data) -> list[Job]:
     still |= {"steps": 60, "optimizer": OptimizerSettings(lr=1e-12)}
     made.append(Job(name="pretrain/untrained", kind="pretrain", row="imagenet/untrained", seed=0, settings=still))
     judge("imagenet", "imagenet/untrained", "@pretrain/untrained")
-    for task in ("cola", "rte"):
-        judge(task, f"{task}/finetuned", tune(task, f"{task}/finetuned"))
+    for task in ("cola", "rte"):  # the labels of test are the server's
+        judge(task, f"{task}/finetuned", tune(task, f"{task}/finetuned"), split="dev")
     return made
 
 
