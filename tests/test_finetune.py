@@ -484,6 +484,11 @@ REFUSED = {
     "rand_augment": ("coco", {"rand_augment": True}, "rand_augment must be off for coco, which writes"),
     "soft": ("vqav2", {"label_smoothing": 0.1}, "label_smoothing must be 0 for vqav2, whose targets are soft already"),
     "splits": ("vqav2", {"splits": ("train", "train")}, "splits must be two that differ, .*, got train train"),
+    "a third split": (
+        "vqav2",
+        {"splits": ("train", "val", "val")},
+        "splits must be two that differ, .*, got train val val",
+    ),
     "answers": ("vqav2", {"leave_out_answers": ("red",)}, "leave_out_answers must be empty .*, got some for vqav2"),
     "a typo": (
         "open-vqa",

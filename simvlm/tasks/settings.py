@@ -105,7 +105,7 @@ def check_finetune(settings: FinetuneSettings, task: Task) -> None:
     """
     if not task.splits[0] or task.head == "probe":
         raise ValueError(f"task must be one that has a training split for finetuning, got {task.name}")
-    if settings.splits and len(set(settings.splits)) != 2:
+    if settings.splits and (len(settings.splits), len(set(settings.splits))) != (2, 2):
         raise ValueError(f"splits must be two that differ, to train and to choose on, got {' '.join(settings.splits)}")
     if bool(settings.checkpoint) == bool(settings.variant):
         raise ValueError(
