@@ -169,7 +169,7 @@ def same_bits(out, whole, steps):
 
 
 LENIENT = ("--data.max_skipped_share", "1")
-"""of long runs: a twelfth of the pairs is broken, and with a thousand samples a run would stop at that"""
+"""of long runs: an eighth of the pairs is broken, and with a thousand samples a run would stop at that"""
 LONG_S = 3600
 
 

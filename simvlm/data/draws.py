@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 class _Key(np.random.bit_generator.ISeedSequence):
     """What Philox takes as its key, as it is: with `Philox(key=…)` numpy would first gather entropy that nobody reads,
-    which takes six times as long as all the rest."""
+    which takes longer than all the rest."""
 
     def __init__(self, digest: bytes) -> None:
         self._words = np.frombuffer(digest, "<u8").astype(np.uint64)
