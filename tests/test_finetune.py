@@ -286,6 +286,40 @@ def test_the_same_seed_gives_the_same_bits(task_world, tmp_path, monkeypatch):
     assert differing(tensors, other)
 
 
+@pytest.mark.parametrize("last", range(1, 6))
+def test_a_run_that_is_cut_off_goes_on_with_the_same_bits(last, task_world, tmp_path, monkeypatch):
+    few(monkeypatch, "nlvr2", 8)
+    settings = {"epochs": 3, "batch": 3, "lr": (1e-3, 3e-3), "dropout": 0.1, "stochastic_depth": 0.1}
+    whole, lines, tensors = finetuned(task_world, "nlvr2", tmp_path / "whole", **settings)
+    dev, asked = finetune_module._Run._dev, 0
+
+    def cut_off(run):
+        nonlocal asked
+        asked += 1
+        if asked > last:
+            raise KeyboardInterrupt
+        return dev(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune_module._Run, "_dev", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            finetuned(task_world, "nlvr2", tmp_path / "cut", **settings)
+    for change, name in (({"batch": 4}, "batch"), ({"seed": 1, "epochs": 2}, "epochs, seed")):
+        with pytest.raises(ValueError, match=f"out: .* holds part of a run with another {name}; with its own"):
+            finetuned(task_world, "nlvr2", tmp_path / "cut", **(settings | change))
+    result, again, same = finetuned(task_world, "nlvr2", tmp_path / "cut", **settings)
+    assert not differing(tensors, same)
+    assert result["runs"] == whole["runs"]
+    assert [line | {"seconds": 0} for line in again] == [line | {"seconds": 0} for line in lines]
+    assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == ["checkpoint", "finetune.json", "log.jsonl"]
+
+
+def test_a_broken_state_is_named(task_world, tmp_path):
+    (tmp_path / "unfinished.pt").write_bytes(b"PK\3\4")
+    with pytest.raises(ValueError, match=r"unfinished\.pt cannot be read; remove it to begin anew: "):
+        finetune(finetuning(task_world, "nlvr2", tmp_path))
+
+
 # What is chosen.
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import pickle
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -35,6 +36,8 @@ from simvlm.train.optim import adamw, learning_rate
 from simvlm.train.torch_device import device_of, precision_of
 
 CHECKPOINT, LOG, RESULT = "checkpoint", "log.jsonl", "finetune.json"
+STATE = "unfinished.pt"
+"""of a run that was cut off, after its last whole epoch"""
 _DEV_BATCH = 64
 
 
@@ -50,6 +53,8 @@ class Target:
 
 def finetune(settings: FinetuneSettings) -> dict[str, Any]:
     """Trains with every learning rate, keeps the model that is best on dev, and returns what `finetune.json` holds.
+
+    A run that was cut off goes on after its last whole epoch.
 
     Raises:
         ValueError, OSError: a setting, a file or the checkpoint is at fault; it is named.
@@ -70,14 +75,16 @@ def finetune(settings: FinetuneSettings) -> dict[str, Any]:
         if not targets:
             raise ValueError(f"{task.name}: {split.name} must have examples, got none")
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / LOG, "")
-    runs: list[dict[str, Any]] = []
-    for lr in settings.lr:
-        run = _Run(settings, task, labels, teaching, judging, lr, out)
+    state = _State.read(out, dataclasses.asdict(settings) | {"out": "", "files": train.sha256 | dev.sha256})
+    for lr in settings.lr[len(state.runs) :]:
+        run = _Run(settings, task, labels, teaching, judging, lr, state)
         found = run.train()
-        if not runs or found["dev"] > max(other["dev"] for other in runs):
+        if not state.runs or found["dev"] > max(other["dev"] for other in state.runs):
             run.save(out / CHECKPOINT)
-        runs.append(found)
+        state.runs.append(found)
+        state.epoch = {}
+        state.write()
+    runs = state.runs
     best = max(runs, key=lambda found: found["dev"])
     result = {
         "settings": dataclasses.asdict(settings),
@@ -88,6 +95,7 @@ def finetune(settings: FinetuneSettings) -> dict[str, Any]:
         **best,
     }
     write_whole(out / RESULT, json.dumps(result, indent=1) + "\n")
+    (out / STATE).unlink()
     return result
 
 
@@ -124,8 +132,56 @@ def _fraction(teaching: list[Target], settings: FinetuneSettings) -> list[Target
     return [target for target in teaching if target.example.id in kept]
 
 
+@dataclasses.dataclass
+class _State:
+    """What a run goes on from.
+
+    Attributes:
+        out: the run's folder.
+        settings: of the run, but for its folder, and the hashes of the files that it reads.
+        log: a line for each epoch of all learning rates.
+        runs: what the learning rates found that are done.
+        epoch: what the last epoch of the learning rate in hand left; {} before its first.
+    """
+
+    out: Path
+    settings: dict[str, Any]
+    log: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    runs: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    epoch: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def read(cls, out: Path, settings: dict[str, Any]) -> _State:
+        """The state in the folder, or a new one.
+
+        Raises:
+            ValueError: the folder holds part of a run with other settings, or what cannot be read.
+        """
+        state = cls(out, settings)
+        if (out / STATE).exists():
+            try:
+                state = cls(out, **torch.load(out / STATE, map_location="cpu", weights_only=True))
+            except (RuntimeError, EOFError, TypeError, pickle.UnpicklingError) as error:
+                why = " ".join(str(error).split())
+                raise ValueError(f"out: {out}/{STATE} cannot be read; remove it to begin anew: {why}") from error
+            differing = sorted(name for name, value in settings.items() if value != state.settings.get(name))
+            if differing:
+                raise ValueError(
+                    f"out: {out} holds part of a run with another {', '.join(differing)}; with its own settings it "
+                    "goes on, another --out begins anew"
+                )
+        write_whole(out / LOG, "".join(json.dumps(line) + "\n" for line in state.log))
+        return state
+
+    def write(self) -> None:
+        aside = self.out / f"{STATE}.part"
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "out"}
+        torch.save(values, aside)
+        aside.replace(self.out / STATE)
+
+
 class _Run:
-    """One learning rate, from the pretrained model on."""
+    """One learning rate, from the pretrained model on, or from where it was cut off."""
 
     def __init__(
         self,
@@ -135,9 +191,9 @@ class _Run:
         teaching: list[Target],
         judging: list[Target],
         lr: float,
-        out: Path,
+        state: _State,
     ) -> None:
-        self.settings, self.task, self.teaching, self.judging, self.out = settings, task, teaching, judging, out
+        self.settings, self.task, self.teaching, self.judging, self.state = settings, task, teaching, judging, state
         self.device = device_of(settings.device)
         self.precision = precision_of(settings.precision, self.device)
         torch.manual_seed(settings.seed)
@@ -174,12 +230,17 @@ class _Run:
 
     def train(self) -> dict[str, Any]:
         """The best epoch's dev score; the module holds its weights."""
-        settings = self.settings
+        settings, state = self.settings, self.state
         steps = settings.epochs * self.steps_per_epoch
-        best, kept = -math.inf, {}
-        best_epoch = 0
-        step = 0
-        for epoch in range(settings.epochs):
+        best, best_epoch, kept = -math.inf, 0, {}
+        done = 0
+        if state.epoch:
+            done, best, best_epoch, kept = (state.epoch[name] for name in ("done", "best", "best_epoch", "kept"))
+            self.module.load_state_dict(state.epoch["module"])
+            self.optimizer.load_state_dict(state.epoch["optimizer"])
+            self.batches.cut.update(state.epoch["cut"])
+        step = done * self.steps_per_epoch
+        for epoch in range(done, settings.epochs):
             self.module.train()
             began, total = time.perf_counter(), 0.0
             for ids in self._order(epoch):
@@ -196,11 +257,22 @@ class _Run:
                 "dev": dev,
                 "seconds": round(time.perf_counter() - began, 2),
             }
-            with open(self.out / LOG, "a") as log:
-                log.write(json.dumps(entry) + "\n")
             if dev > best:
                 best, best_epoch = dev, epoch + 1
                 kept = {name: x.detach().clone() for name, x in self.module.state_dict().items()}
+            state.log.append(entry)
+            state.epoch = {
+                "done": epoch + 1,
+                "best": best,
+                "best_epoch": best_epoch,
+                "kept": kept,
+                "module": self.module.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "cut": sorted(self.batches.cut),
+            }
+            state.write()
+            with open(state.out / LOG, "a") as log:
+                log.write(json.dumps(entry) + "\n")
         self.module.load_state_dict(kept)
         cut = len(self.batches.cut)
         return {"lr": self.optimizer_settings.lr, "epoch": best_epoch, "dev": best, "examples_cut": cut}

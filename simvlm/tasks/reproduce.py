@@ -125,7 +125,8 @@ def do(job: Job, by_name: Mapping[str, Job], work: Path) -> dict[str, Any]:
             for sample in found["samples"]:
                 sample["pictures"] = [thumbnail(Path(settings["data"], path)) for path in sample["images"]]
     elif job.kind == "finetune":
-        shutil.rmtree(folder, ignore_errors=True)  # what a run that was cut off left
+        if (folder / finetune.RESULT).exists():  # wanted anew; one that was cut off goes on
+            shutil.rmtree(folder)
         found = finetune.finetune(FinetuneSettings(**settings, out=str(folder)))
     else:
         found = _pretrained(folder, settings)
