@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     world.add_argument("--pairs", type=int, default=60_000, help="pictures with captions (default: %(default)s)")
     world.add_argument("--documents", type=int, default=20_000, help="texts without a picture (default: %(default)s)")
     world.add_argument("--image-size", type=int, default=64, help="side in pixels (default: %(default)s)")
+    world.add_argument("--sentences", action="store_true", help='half of the captions are sentences, "The star is red"')
     world.add_argument("--workers", type=int, default=0, help="processes (default: one for each core)")
     world.set_defaults(run=_data_world)
     benchmarks = actions.add_parser("benchmarks", help="write the world's benchmarks in the official formats")
@@ -177,8 +178,8 @@ def _doctor(arguments: argparse.Namespace) -> str:
 def _data_world(arguments: argparse.Namespace) -> str:
     from simvlm.data.commands import data_world
 
-    options = {name: getattr(arguments, name) for name in ("seed", "pairs", "documents", "image_size", "workers")}
-    return data_world(arguments.folder, **options)
+    names = ("seed", "pairs", "documents", "image_size", "sentences", "workers")
+    return data_world(arguments.folder, **{name: getattr(arguments, name) for name in names})
 
 
 def _data_benchmarks(arguments: argparse.Namespace) -> str:

@@ -40,7 +40,7 @@ from simvlm.data.scenes import (
 from simvlm.data.shards import ImageTextShards
 from simvlm.data.world import write_world
 
-GOLDEN = "831afef913d0c2d36f947c6589a2efb763a52c79e71e0e93cc172cb7d98fb0ec"
+GOLDEN = "7407456abd44eedc4367e223eb58abe316fdd8d552c80ff6965fb3df8fe7e129"
 
 
 def fingerprint() -> str:
@@ -51,6 +51,7 @@ def fingerprint() -> str:
             scene = sample_scene(seed, split=split)
             digest.update(repr(scene).encode() + render(scene).tobytes() + render(scene, 100).tobytes())
             digest.update(repr([pretraining_caption(scene, 0), benchmark_captions(scene)]).encode())
+            digest.update(repr(pretraining_caption(scene, 0, sentences=True)).encode())
         digest.update(repr([document(seed, lang) for lang in LANGUAGES]).encode())
     return digest.hexdigest()
 
@@ -134,9 +135,14 @@ def test_held_out_combinations():
 
 def test_no_text_names_a_held_out_combination():
     texts = [document(seed, lang).text for seed in range(500) for lang in ("en", "en-de")]
-    texts += [pretraining_caption(sample_scene(seed), 0).text for seed in range(3_000)]
+    texts += [
+        pretraining_caption(sample_scene(seed), 0, sentences=sentences).text
+        for seed in range(3_000)
+        for sentences in (False, True)
+    ]
     for kind, colour in HELD_OUT:
-        assert not [text for text in texts if f"{colour} {kind}" in text.lower()]
+        for words in (f"{colour} {kind}", f"the {kind} is {colour}", f"the {colour} shape is a {kind}"):
+            assert not [text for text in texts if words in text.lower()]
 
 
 def test_bad_arguments():
@@ -170,11 +176,14 @@ def test_a_picture_scales():
     assert np.abs(small - large).mean() < 2
 
 
-def test_complete_captions_are_right_and_wrong_ones_wrong():
+@pytest.mark.parametrize("sentences", [False, True])
+def test_complete_captions_are_right_and_wrong_ones_wrong(sentences):
     grades = collections.Counter()
+    said = 0
     for seed in range(6_000):
         scene = sample_scene(seed)
-        caption = pretraining_caption(scene, 1)
+        caption = pretraining_caption(scene, 1, sentences=sentences)
+        said += re.match(r"(\w+ shapes: )?the \w+( shape)? is ", caption.text.lower()) is not None
         verdict = judge(caption.text, scene)
         assert not verdict.reason.startswith("does not parse"), caption
         assert (verdict.correct, verdict.true) == (caption.grade == "complete", caption.grade != "wrong"), (
@@ -185,6 +194,7 @@ def test_complete_captions_are_right_and_wrong_ones_wrong():
         grades[caption.grade] += 1
     assert grades["partial"] / 6_000 == pytest.approx(0.30, abs=0.02)
     assert grades["wrong"] / 6_000 == pytest.approx(0.10, abs=0.012)
+    assert said / 6_000 == pytest.approx(0.5 if sentences else 0.0, abs=0.05)
 
 
 def test_every_grammar_is_right_on_its_scene_and_wrong_on_others():
@@ -286,6 +296,19 @@ VERDICTS = {
         (RED, BLUE, GREEN),
         "says green ring right of blue star; it is above it",
     ),
+    "the circle is red, the blue shape is a star and the circle is to the left of the blue shape": (
+        (RED, BLUE),
+        "right",
+    ),
+    "The star is above the circle; the star is striped; the star is blue; the circle is red.": (
+        (RED, BLUE),
+        "says blue star above red circle; it is right of it",
+    ),
+    "the circle is small, the circle is red": ((RED,), "right"),
+    "the circle is plain": ((RED,), "does not say the colour of the plain circle"),
+    "the circle is large": ((RED,), "says large circle; there is a small red circle"),
+    "the red shape is a ring": ((RED,), "says red ring; there is a red circle"),
+    "the circle is red, the circle is blue": ((RED, BLUE), "says blue circle; there is a blue star"),
 }
 
 
@@ -307,6 +330,9 @@ def test_verdicts(caption):
         "a red circle and",
         "a red circle a blue star",
         "a red circle above",
+        "the circle is",
+        "the circle is circle",
+        "two red circles is large",
         "a red circle above of a blue star",
         "a red circle, which is",
         "two red circle",

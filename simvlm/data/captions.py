@@ -3,7 +3,12 @@
 The prompted grammar, `A picture of a small red circle with a large blue star to the right of it and a small green ring
 below that`, is regular on purpose: shapes come from left to right, each relation follows both shapes it is about. A
 prompted caption is always complete and true, so that the prompt asks for such captions; all other alt-text varies and
-may be partial or wrong. `simvlm.data.judge` reads every grammar of this file.
+may be partial or wrong.
+
+Sentences, `The circle is red, the star is above the circle`, name a shape before they say what is seen there, which "a
+red circle" never does: they teach to find what a word names. The prompted grammar takes longer to learn beside them.
+
+`simvlm.data.judge` reads every grammar of this file.
 """
 
 from __future__ import annotations
@@ -21,6 +26,9 @@ NUMBERS = ("no", "one", "two", "three")
 PARTIAL_PERCENT, WRONG_PERCENT = 30, 10
 _PROMPTED_PERCENT = 90
 """of the complete captions."""
+_PROMPTED_PERCENT_WITH_SENTENCES = 60
+_SENTENCES_PERCENT = 85
+"""of the captions without the prompt, where every shape can be told from the others by kind or colour."""
 
 _PARTLY_SAID = (
     ("kind",),
@@ -70,17 +78,17 @@ def prompted_caption(scene: Scene) -> str:
     return f"{PROMPT} {_beside(shapes, [with_article(noun(shape)) for shape in shapes])}"
 
 
-def pretraining_caption(scene: Scene, seed: int) -> Caption:
-    """An alt-text as the web might have it: 30 % leave something out, 10 % are wrong."""
+def pretraining_caption(scene: Scene, seed: int, *, sentences: bool = False) -> Caption:
+    """An alt-text as the web might have it: 30 % leave something out, 10 % are wrong. Half are `sentences`, or none."""
     draws = Draws("caption", scene.split, len(scene.shapes), scene.seed, seed)
     lot = draws.below(100)
     if lot < WRONG_PERCENT:
-        return Caption(_complete(draws.shuffled(_falsified(scene.shapes, draws)), draws), "wrong")
+        return Caption(_complete(draws.shuffled(_falsified(scene.shapes, draws)), draws, sentences), "wrong")
     if lot < WRONG_PERCENT + PARTIAL_PERCENT:
-        return Caption(_partial(draws.shuffled(scene.shapes), draws), "partial")
-    if draws.chance(_PROMPTED_PERCENT):
+        return Caption(_partial(draws.shuffled(scene.shapes), draws, sentences), "partial")
+    if draws.chance(_PROMPTED_PERCENT_WITH_SENTENCES if sentences else _PROMPTED_PERCENT):
         return Caption(prompted_caption(scene), "complete")
-    return Caption(_complete(draws.shuffled(scene.shapes), draws), "complete")
+    return Caption(_complete(draws.shuffled(scene.shapes), draws, sentences), "complete")
 
 
 def benchmark_captions(scene: Scene, seed: int = 0) -> list[str]:
@@ -92,13 +100,23 @@ def benchmark_captions(scene: Scene, seed: int = 0) -> list[str]:
     return list(captions)
 
 
-def _complete(shapes: Sequence[Shape], draws: Draws) -> str:
+def _complete(shapes: Sequence[Shape], draws: Draws, sentences: bool) -> str:
+    if sentences and (names := _names(shapes, draws)) is not None:
+        natures, places, looks = _facts(shapes, names)
+        place, *more = draws.shuffled(places) or [""]
+        more = draws.shuffled([*more, *looks])[: draws.between(0, len(shapes))]
+        return _sentences(draws.shuffled([*natures, *filter(None, [place]), *more]), draws, len(shapes))
     said = ["colour", "kind", *(["size"] if draws.chance(50) else []), *(["texture"] if draws.chance(60) else [])]
     return _alt_text(_related(shapes, said, draws), draws, len(shapes))
 
 
-def _partial(shapes: Sequence[Shape], draws: Draws) -> str:
+def _partial(shapes: Sequence[Shape], draws: Draws, sentences: bool) -> str:
     """Without a shape, without relations, or without colours or kinds."""
+    if sentences and (names := _names(shapes, draws)) is not None:
+        natures, places, looks = _facts(shapes, names)
+        natures.pop(draws.below(len(shapes)))  # of one shape it stays unsaid what it is
+        facts = draws.shuffled([*natures, *places, *looks])
+        return _sentences(facts[: draws.between(1, min(2 * len(shapes), len(facts)))], draws, None)
     what = draws.choose(("words", "relations", "shapes")) if len(shapes) > 1 else "words"
     if what == "words":
         said = draws.choose(_PARTLY_SAID)
@@ -108,6 +126,37 @@ def _partial(shapes: Sequence[Shape], draws: Draws) -> str:
         return _alt_text(_listed([noun(shape, said) for shape in shapes], draws.chance(60)), draws, len(shapes))
     kept = shapes[: draws.between(1, len(shapes) - 1)]
     return _alt_text(_related(kept, said, draws), draws, None)
+
+
+def _names(shapes: Sequence[Shape], draws: Draws) -> list[str] | None:
+    """What each shape is called in sentences, its kind or else its colour; None: let it be no sentences."""
+    if not draws.chance(_SENTENCES_PERCENT):
+        return None
+    names = []
+    for shape in shapes:
+        own = [
+            noun(shape, (word,))
+            for word in ("kind", "colour")
+            if sum(getattr(other, word) == getattr(shape, word) for other in shapes) == 1
+        ]
+        if not own:
+            return None
+        names.append(own[0])
+    return names
+
+
+def _facts(shapes: Sequence[Shape], names: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+    """What each shape is, colour and kind; where it is from every other; its size and texture."""
+    called = list(zip(shapes, names, strict=True))
+    natures = [
+        f"the {name} is {shape.colour if name == shape.kind else with_article(shape.kind)}" for shape, name in called
+    ]
+    places = [
+        f"the {name} is {_phrase(shape, other)} the {other_name}"
+        for (shape, name), (other, other_name) in itertools.permutations(called, 2)
+    ]
+    looks = [f"the {name} is {word}" for shape, name in called for word in (shape.size, shape.texture)]
+    return natures, places, looks
 
 
 def _falsified(shapes: Sequence[Shape], draws: Draws) -> list[Shape]:
@@ -178,7 +227,14 @@ def _listed(nouns: Sequence[str], articles: bool) -> str:
 
 def _alt_text(body: str, draws: Draws, count: int | None) -> str:
     """Some introduction, capitals and full stops as they come; a count is stated only of the whole picture."""
-    intro = draws.choose(_INTROS)
+    return _finished(draws.choose(_INTROS), body, draws, count)
+
+
+def _sentences(facts: Sequence[str], draws: Draws, count: int | None) -> str:
+    return _finished("", draws.choose((", ", "; ", " and ")).join(facts), draws, count)
+
+
+def _finished(intro: str, body: str, draws: Draws, count: int | None) -> str:
     if count is not None and count > 1 and draws.chance(15):
         intro = f"{NUMBERS[count]} shapes: "
     text = intro + body

@@ -18,7 +18,14 @@ from simvlm.data.world import write_world
 
 
 def data_world(
-    folder: str, *, seed: int = 0, pairs: int = 60_000, documents: int = 20_000, image_size: int = 64, workers: int = 0
+    folder: str,
+    *,
+    seed: int = 0,
+    pairs: int = 60_000,
+    documents: int = 20_000,
+    image_size: int = 64,
+    sentences: bool = False,
+    workers: int = 0,
 ) -> str:
     """`simvlm data world`: writes the generated world; `workers=0` is one for each usable core."""
     began = time.perf_counter()
@@ -28,6 +35,7 @@ def data_world(
         pairs=pairs,
         documents=documents,
         image_size=image_size,
+        sentences=sentences,
         workers=workers or _cores(),
     )
     return f"{pairs} pairs and {documents} documents in {folder} after {time.perf_counter() - began:.0f} s"

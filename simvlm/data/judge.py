@@ -2,6 +2,7 @@
 
     caption  = [intro]… [number "shapes:"] clause (separator… clause)… ["."]
     clause   = noun [verb] [place (noun | "it" | "that")]  |  "which" verb place noun  |  "one" place "the other"
+             | noun "is" (size | texture | colour | article kind)
     noun     = [article | number] [size] [texture] [colour] (kind | "shape")
 
 "it" and "that" are the shape named before the clause's own; "which" is the shape named last.
@@ -47,6 +48,10 @@ _NOUN = (
 )
 _PLACE = "|".join(_PLACES)
 _VERB = r"is placed|is|sits|lies|can be seen"
+_IS = (
+    rf"is (?:(?P<size>{'|'.join(_SIZES)})|(?P<texture>{'|'.join(TEXTURES)})|(?P<colour>{'|'.join(COLOURS)})"
+    rf"|an? (?P<kind>{'|'.join(KINDS)}))"
+)
 _SEPARATOR = r"[,;:]|and|with"
 
 
@@ -141,6 +146,9 @@ class _Parser:
                 raise self.stuck()
         else:
             subject = self.noun()
+            if found := self.take(_IS):
+                self.state(subject, found)
+                return
             verb = self.take(_VERB) is not None
         if (verb and self.take("alone")) or (not verb and self.take("here")):
             return
@@ -156,6 +164,17 @@ class _Parser:
         else:
             other = self.noun()
         self.claim.relations.append((subject, _PLACES[place[0].strip()], other))
+
+    def state(self, subject: tuple[int, ...], found: re.Match[str]) -> None:
+        """Adds to a mention what it is said to be."""
+        if len(subject) > 1:
+            raise ValueError("'is' of what may be one or another")
+        mentions = self.claim.mentions
+        name, word = next((name, word) for name, word in found.groupdict().items() if word)
+        word = _SIZES.get(word, word)
+        mention = mentions[subject[0]]
+        if mention.setdefault(name, word) != word:  # of another one then
+            mentions.append(mention | {name: word})
 
     def noun(self) -> tuple[int, ...]:
         """The mentions that a noun phrase is about; new ones unless it is a "the" of something named before."""

@@ -38,6 +38,7 @@ def write_world(
     documents: int,
     shard_size: int = 2_000,
     image_size: int = 64,
+    sentences: bool = False,
     workers: int = 1,
 ) -> dict[str, Any]:
     """Writes `pairs/00000.tar` …, `documents/00000.jsonl.gz` … and `manifest.json`; returns the manifest.
@@ -48,6 +49,7 @@ def write_world(
         pairs, documents: how many of each.
         shard_size: how many of them in one shard.
         image_size: of the square pictures.
+        sentences: half of the captions are sentences ("The circle is red"), which teach to find what a word names.
         workers: processes; the bytes do not depend on it.
 
     Raises:
@@ -60,7 +62,7 @@ def write_world(
     root = Path(folder)
     jobs: dict[str, Callable[[Path], None]] = {}
     for shard, rows in enumerate(_shards(pairs, shard_size)):
-        jobs[f"pairs/{shard:05d}.tar"] = functools.partial(_write_pairs, seed, shard, rows, image_size)
+        jobs[f"pairs/{shard:05d}.tar"] = functools.partial(_write_pairs, seed, shard, rows, image_size, sentences)
     for shard, rows in enumerate(_shards(documents, shard_size)):
         jobs[f"documents/{shard:05d}.jsonl.gz"] = functools.partial(_write_documents, seed, rows)
     stale = {str(path.relative_to(root)) for path in [*root.glob("pairs/*.tar"), *root.glob("documents/*.jsonl.gz")]}
@@ -79,6 +81,7 @@ def write_world(
     manifest = {
         "seed": seed,
         "image_size": image_size,
+        "sentences": sentences,
         "pairs": pairs,
         "documents": documents,
         "sha256": dict(zip(jobs, hashes, strict=True)),
@@ -100,12 +103,12 @@ def _write(job: Callable[[Path], None], path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _write_pairs(seed: int, shard: int, rows: range, image_size: int, path: Path) -> None:
+def _write_pairs(seed: int, shard: int, rows: range, image_size: int, sentences: bool, path: Path) -> None:
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
         for row in rows:
             draws = Draws("pair", seed, row)
             scene = sample_scene(draws.below(2**62), objects=draws.choose(_OBJECTS))
-            caption = pretraining_caption(scene, 0)
+            caption = pretraining_caption(scene, 0, sentences=sentences)
             key = f"{shard:05d}{row - rows.start:04d}"
             meta = {
                 "key": key,

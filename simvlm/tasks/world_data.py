@@ -47,6 +47,7 @@ def prepare(folder: Path, *, seed: int = 0, share: float = 1.0, workers: int = 1
             seed=seed,
             pairs=round(share * PAIRS),
             documents=round(share * DOCUMENTS),
+            sentences=True,
             workers=workers,
         )
     if not Path(data.tokenizer).exists():
