@@ -8,6 +8,7 @@ import re
 import pytest
 
 from simvlm import cli
+from simvlm.data.shards import ImageTextShards
 from simvlm.data.tokenizer import train_tokenizer
 from simvlm.data.world import write_world
 from simvlm.model import VARIANTS
@@ -22,8 +23,14 @@ def test_doctor_prints_every_variant_with_its_total(capsys):
 
 
 def test_a_world_and_its_tokenizer(tmp_path, capsys):
-    assert cli.main(["data", "world", str(tmp_path), "--pairs", "20", "--documents", "10", "--workers", "1"]) == 0
+    world = ["--pairs", "20", "--documents", "10", "--workers", "1"]
+    assert cli.main(["data", "world", str(tmp_path), *world]) == 0
     assert "20 pairs and 10 documents" in capsys.readouterr().out
+    assert cli.main(["data", "world", str(tmp_path / "more"), *world, "--sentences"]) == 0
+    for folder, least, most in ((tmp_path, 0, 0), (tmp_path / "more", 5, 15)):
+        pairs = ImageTextShards(folder / "pairs" / "*.tar")
+        assert least <= sum(pairs.text(i).lower().startswith("the ") for i in range(20)) <= most
+    capsys.readouterr()
     texts = ["--pairs", f"{tmp_path}/pairs/*.tar", "--documents", f"{tmp_path}/documents/*.jsonl.gz"]
     assert cli.main(["data", "tokenizer", str(tmp_path / "t.model"), *texts, "--vocab-size", "380"]) == 0
     assert "380 pieces" in capsys.readouterr().out
