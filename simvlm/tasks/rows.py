@@ -110,8 +110,8 @@ SCALES = {
         pretraining=OptimizerSettings(lr=6e-4, beta2=0.98, max_grad_norm=1.0),
         # Of a model of this size, which has nothing to spare: no dropout, and a rate that leaves alone what it knows.
         lr=(2e-4,),
-        # With less, what sees a picture goes on in English, and the other two learn slowly.
-        lr_of={"translation": (5e-4,), "nlvr2": (5e-4,), "snli-ve": (3e-4,)},
+        # Translation with less goes on in English where it sees a picture.
+        lr_of={"translation": (5e-4,), "snli-ve": (3e-4,)},
         ablation_lr=2e-4,
         ablation_epochs=2,
         dropout=0.0,
@@ -119,7 +119,7 @@ SCALES = {
         epochs={
             "vqav2": 10,
             "nlvr2": 12,
-            "snli-ve": 12,
+            "snli-ve": 6,
             "nli": 16,
             "coco": 2,
             "multi30k": 6,

@@ -39,8 +39,9 @@ BENCHMARKS = (
     "glue/RTE",
 )
 VQA_PICTURES = {"train": 8_000, "val": 1_000, "test": 1_000}
-NLVR2_PAIRS = {"train": 12_000, "dev": 1_000, "test1": 1_000}
-HYPOTHESES = {"train": 20_000, "dev": 1_500, "test": 1_500}
+NLVR2_PAIRS = {"train": 24_000, "dev": 1_000, "test1": 1_000}
+HYPOTHESES = {"train": 40_000, "dev": 1_500, "test": 1_500}
+TEXT_HYPOTHESES = {"train": 20_000, "dev": 1_500, "test": 1_500}
 NOCAPS_PICTURES = 600
 MULTI30K_PICTURES = {"train": 6_000, "val": 500, "test_2016_flickr": 500}
 TRANSLATIONS = {"train": 20_000, "val": 500, "test": 500}
@@ -231,7 +232,7 @@ def _write_snli_ve(folder: Folder, seed: int, scale: float) -> None:
 
 
 def _write_nli(folder: Folder, seed: int, scale: float) -> None:
-    for split, full in HYPOTHESES.items():
+    for split, full in TEXT_HYPOTHESES.items():
         count = scaled(full, scale, len(nli.LABELS))
         scenes = sample_scenes(max(_POOL, count), "nli", split, seed, split=_scene_split(split), plain_names=True)
         lines: list[dict[str, object]] = []
