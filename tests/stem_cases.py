@@ -26,7 +26,7 @@ def tensors_of(spec, case, dtype=torch.float64):
 
 
 def everything(spec, case, tensors, impl=None, layout=None):
-    """Outputs and all gradients."""
+    """Outputs, and the gradients of all inputs that require one."""
     outputs = spec.call(case, case.layout() if layout is None else layout, tensors, impl)
-    leaves = [tensors[name] for name in spec.DIFFERENTIABLE if name in tensors]
+    leaves = [tensors[name] for name in spec.DIFFERENTIABLE if name in tensors and tensors[name].requires_grad]
     return [x.detach() for x in (*outputs, *torch.autograd.grad(outputs[0], leaves, tensors[f"d{spec.OUTPUTS[0]}"]))]
