@@ -314,6 +314,43 @@ def test_a_run_that_is_cut_off_goes_on_with_the_same_bits(last, task_world, tmp_
     assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == ["checkpoint", "finetune.json", "log.jsonl"]
 
 
+def test_a_run_that_is_cut_off_knows_the_weights_that_it_began_from(task_world, tmp_path, monkeypatch):
+    few(monkeypatch, "nlvr2", 8)
+    shutil.copytree(task_world / "pretrained", tmp_path / "pretrained")
+    settings = finetuning(task_world, "nlvr2", tmp_path / "run", checkpoint=str(tmp_path / "pretrained"), epochs=2)
+    write = finetune_module._State.write
+
+    def cut_off(state):
+        write(state)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune_module._State, "write", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(settings)
+    weights = tmp_path / "pretrained/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))
+    with pytest.raises(ValueError, match="holds part of a run with another files"):
+        finetune(settings)
+
+
+def test_a_full_disk_costs_the_state_and_not_the_run(task_world, tmp_path, monkeypatch, capsys):
+    few(monkeypatch, "nlvr2", 8)
+
+    def full(values, path):
+        path.write_bytes(b"PK")
+        raise RuntimeError("[enforce fail at inline_container.cc:664]\nunexpected pos")
+
+    monkeypatch.setattr(torch, "save", full)
+    _, lines, _ = finetuned(task_world, "nlvr2", tmp_path, epochs=2)
+    assert [line["epoch"] for line in lines] == [1, 2]
+    assert (
+        "unfinished.pt was not written ([enforce fail at inline_container.cc:664] unexpected pos)"
+        in capsys.readouterr().err
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "finetune.json", "log.jsonl"]
+
+
 def test_a_broken_state_is_named(task_world, tmp_path):
     (tmp_path / "unfinished.pt").write_bytes(b"PK\3\4")
     with pytest.raises(ValueError, match=r"unfinished\.pt cannot be read; remove it to begin anew: "):

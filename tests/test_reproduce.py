@@ -125,7 +125,7 @@ def pretend(monkeypatch):
             raise concurrent.futures.BrokenExecutor
         reproduce.checkpoint_of(job, work).mkdir(parents=True, exist_ok=True)
         done.append(job.name)
-        return {"found": len(done)}
+        return {"command": reproduce.command(job), "found": len(done)}
 
     monkeypatch.setattr(reproduce, "do", do)
     monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", InProcess)
@@ -147,7 +147,24 @@ def test_a_run_goes_on_where_it_stopped(pretend, tmp_path):
     assert done == ["a", "b/c"]
     assert run(chain("a", "b/c", "d"), tmp_path) == []
     assert done == ["a", "b/c", "d"]
-    assert json.loads((tmp_path / "out/jobs/b.c.json").read_text()) == {"found": 2}
+    assert json.loads((tmp_path / "out/jobs/b.c.json").read_text())["found"] == 2
+
+
+def test_a_result_of_another_command_is_not_taken_for_its_own(pretend, tmp_path):
+    run, done = pretend
+
+    def jobs(folder, steps):
+        settings = {"steps": steps, "data": folder / "work/data"}
+        return [Job(name="a", kind="pretrain", row="r", seed=0, settings=settings), *chain("b")]
+
+    here, elsewhere = tmp_path / "here", tmp_path / "ε"
+    run(jobs(here, 1), here)
+    assert run(jobs(here, 1), here) == []
+    with pytest.raises(ValueError, match="holds results of commands that are not those of now: a; remove them, or"):
+        run(jobs(here, 2), here)
+    here.rename(elsewhere)
+    assert run(jobs(elsewhere, 1), elsewhere) == []
+    assert sorted(done) == ["a", "b"]
 
 
 def test_jobs_behind_one_that_failed_fail_and_others_run(pretend, tmp_path):

@@ -24,6 +24,7 @@ from simvlm.data.captions import pretraining_caption
 from simvlm.data.documents import document
 from simvlm.data.draws import Draws
 from simvlm.data.scenes import Scene, render, sample_scene
+from simvlm.files import whole
 
 _OBJECTS = (1, 2, 2, 3, 3)
 """how many shapes a training picture shows: relations are what is hard to learn, and one shape has none."""
@@ -96,10 +97,8 @@ def _shards(count: int, size: int) -> Iterator[range]:
 
 
 def _write(job: Callable[[Path], None], path: Path) -> str:
-    # Renamed when whole, so that a shard that is there is complete.
-    aside = path.with_name(path.name + ".part")
-    job(aside)
-    aside.replace(path)
+    with whole(path) as aside:
+        job(aside)
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from simvlm.files import whole
 from simvlm.model.config import SimVLMConfig
 
 if TYPE_CHECKING:
@@ -40,12 +42,18 @@ def write(
                 f"got {tokenizer.vocab_size}"
             )
         values["tokenizer_sha256"] = tokenizer.sha256
-        with _Aside(folder / TOKENIZER) as aside:
+        with whole(folder / TOKENIZER) as aside:
             shutil.copyfile(tokenizer.path, aside)
-    with _Aside(folder / WEIGHTS) as aside:
+    with whole(folder / WEIGHTS) as aside:
         write_weights(aside)
-    with _Aside(folder / CONFIG) as aside:
+    with whole(folder / CONFIG) as aside:
         aside.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def sha256_of(folder: str | Path) -> str:
+    """Of a folder's weights."""
+    with open(existing(folder, WEIGHTS), "rb") as weights:
+        return hashlib.file_digest(weights, "sha256").hexdigest()
 
 
 def stored_config(folder: str | Path) -> SimVLMConfig:
@@ -113,19 +121,3 @@ def check_tensors(own: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[
     ]
     if wrong:
         raise ValueError(f"from_pretrained: {source} must hold exactly the model's tensors, got {'; '.join(wrong)}")
-
-
-class _Aside:
-    """A path to write to, which takes the target's place when all went well: an old file survives a full disk."""
-
-    def __init__(self, target: Path) -> None:
-        self.target, self.aside = target, target.with_name(target.name + ".part")
-
-    def __enter__(self) -> Path:
-        return self.aside
-
-    def __exit__(self, kind: Any, *rest: Any) -> None:
-        if kind is None:
-            self.aside.replace(self.target)
-        else:
-            self.aside.unlink(missing_ok=True)

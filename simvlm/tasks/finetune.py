@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import pickle
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simvlm.data.tokenizer import Tokenizer
+from simvlm.files import whole, write_whole
+from simvlm.model.folder import sha256_of
 from simvlm.model.torch_model import SimVLM
 from simvlm.model.weights import load
 from simvlm.tasks import vqav2
@@ -30,7 +33,6 @@ from simvlm.tasks.examples import Example, Split
 from simvlm.tasks.metrics import vqa_normalise, vqa_soft_score
 from simvlm.tasks.settings import FinetuneSettings, check_finetune
 from simvlm.tasks.table import Task, task_of
-from simvlm.train.checkpoint import write_whole
 from simvlm.train.objectives import suffix_nll
 from simvlm.train.optim import adamw, learning_rate
 from simvlm.train.torch_device import device_of, precision_of
@@ -75,7 +77,8 @@ def finetune(settings: FinetuneSettings) -> dict[str, Any]:
         if not targets:
             raise ValueError(f"{task.name}: {split.name} must have examples, got none")
     out.mkdir(parents=True, exist_ok=True)
-    state = _State.read(out, dataclasses.asdict(settings) | {"out": "", "files": train.sha256 | dev.sha256})
+    files = train.sha256 | dev.sha256 | {"checkpoint": settings.checkpoint and sha256_of(settings.checkpoint)}
+    state = _State.read(out, dataclasses.asdict(settings) | {"out": "", "files": files})
     for lr in settings.lr[len(state.runs) :]:
         run = _Run(settings, task, labels, teaching, judging, lr, state)
         found = run.train()
@@ -95,7 +98,7 @@ def finetune(settings: FinetuneSettings) -> dict[str, Any]:
         **best,
     }
     write_whole(out / RESULT, json.dumps(result, indent=1) + "\n")
-    (out / STATE).unlink()
+    (out / STATE).unlink(missing_ok=True)
     return result
 
 
@@ -138,7 +141,7 @@ class _State:
 
     Attributes:
         out: the run's folder.
-        settings: of the run, but for its folder, and the hashes of the files that it reads.
+        settings: of the run, but for its folder, and the hashes of the files that it reads, weights among them.
         log: a line for each epoch of all learning rates.
         runs: what the learning rates found that are done.
         epoch: what the last epoch of the learning rate in hand left; {} before its first.
@@ -174,10 +177,18 @@ class _State:
         return state
 
     def write(self) -> None:
-        aside = self.out / f"{STATE}.part"
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "out"}
-        torch.save(values, aside)
-        aside.replace(self.out / STATE)
+        try:
+            with whole(self.out / STATE) as aside:
+                torch.save(values, aside)
+        except (OSError, RuntimeError) as error:  # torch tells of a full disk in the second way
+            why = " ".join(str(error).split())
+            print(
+                f"finetune: {self.out / STATE} was not written ({why}); the run goes on, but if it is cut off it "
+                "repeats this epoch",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 class _Run:

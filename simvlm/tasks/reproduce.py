@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from simvlm.train.checkpoint import write_whole
+from simvlm.files import write_whole
 
 Kind = Literal["pretrain", "finetune", "eval"]
 JOBS = "jobs"
@@ -61,10 +61,20 @@ def run(jobs: Sequence[Job], out: Path, work: Path, *, workers: int) -> list[str
         out: where results are kept.
         work: where checkpoints are; results tell paths from there.
         workers: processes; they share the processor's cores.
+
+    Raises:
+        ValueError: a job has a result, but of another command: an older recipe's, or of other data.
+        OSError: a worker was killed.
     """
     (out / JOBS).mkdir(parents=True, exist_ok=True)
     by_name = {job.name: job for job in jobs}
     missing = [job for job in jobs if not result_path(out, job.name).exists()]
+    others = [job.name for job in jobs if job not in missing and not _is_its_own(job, out, work)]
+    if others:
+        raise ValueError(
+            f"out: {out / JOBS} holds results of commands that are not those of now: {', '.join(others)}; "
+            "remove them, or take another --out"
+        )
     wanted: dict[str, Job] = {}
     for job in missing:  # and the checkpoints that are gone but needed
         chain = [job]
@@ -93,8 +103,8 @@ def run(jobs: Sequence[Job], out: Path, work: Path, *, workers: int) -> list[str
             for future in done:
                 job = running.pop(future)
                 try:
-                    text = json.dumps(future.result(), indent=1) + "\n"
-                    write_whole(result_path(out, job.name), text.replace(f"{work}/", ""))  # paths of no one machine
+                    text = json.dumps(future.result(), indent=1, ensure_ascii=False) + "\n"
+                    write_whole(result_path(out, job.name), _without(work, text))
                     print(f"{job.name}: done", flush=True)
                 except concurrent.futures.BrokenExecutor:
                     raise OSError(
@@ -148,6 +158,16 @@ def checkpoint_of(job: Job, work: Path) -> Path:
 
 def result_path(out: Path, name: str) -> Path:
     return out / JOBS / f"{name.replace('/', '.')}.json"
+
+
+def _is_its_own(job: Job, out: Path, work: Path) -> bool:
+    stored = json.loads(result_path(out, job.name).read_text())["command"]
+    return shlex.split(stored) == shlex.split(_without(work, command(job)))  # what is quoted depends on where work is
+
+
+def _without(work: Path, text: str) -> str:
+    """Paths of no one machine."""
+    return text.replace(f"{work}/", "")
 
 
 def command(job: Job) -> str:

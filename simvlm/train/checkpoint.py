@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from simvlm.files import to_disk
 from simvlm.train.processes import ALONE, Processes, ProcessLost
 
 STATE = "state.json"
@@ -97,9 +97,9 @@ class Saving:
             return
         (self._aside / STATE).write_text(json.dumps(self.state, indent=1) + "\n")
         for path in [*self._aside.rglob("*"), self._aside]:
-            _to_disk(path)
+            to_disk(path)
         self._aside.replace(self.target)
-        _to_disk(self.target.parent)
+        to_disk(self.target.parent)
         for _, old in all_of(self.run)[: -self.keep]:
             with contextlib.suppress(OSError):  # the new one is in its place
                 # Under another name first: half a folder must not pass for a checkpoint.
@@ -135,28 +135,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     return json.loads((folder / STATE).read_text())
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file that is there whole or as it was before."""
-    aside = path.with_name(path.name + ".part")
-    try:
-        aside.write_text(text)
-        _to_disk(aside)
-        aside.replace(path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-
-
 def all_of(run: Path) -> list[tuple[int, Path]]:
     """(step, folder) of every whole checkpoint, ascending."""
     named = ((_NAME.fullmatch(path.name), path) for path in run.glob("checkpoints/step-*"))
     return sorted((int(match[1]), path) for match, path in named if match)
-
-
-def _to_disk(path: Path) -> None:
-    # A rename may reach the disk before the bytes of the file that it names.
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -27,6 +27,7 @@ import numpy as np
 from simvlm.data.mixture import Mixed, Mixture
 from simvlm.data.tokenizer import Tokenizer
 from simvlm.data.workers import Batches
+from simvlm.files import write_whole
 from simvlm.model.config import SimVLMConfig
 from simvlm.train import checkpoint, progress
 from simvlm.train.held_out import HeldOut
@@ -376,4 +377,4 @@ def _keep_until(path: Path, step: int) -> None:
         with contextlib.suppress(ValueError):  # cut off when the run was killed
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-    checkpoint.write_whole(path, "".join(kept))
+    write_whole(path, "".join(kept))

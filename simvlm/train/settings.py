@@ -242,7 +242,7 @@ def save(settings: PretrainSettings, folder: Path) -> None:
     """Writes `run.yaml`, whole or not at all."""
     import yaml
 
-    from simvlm.train.checkpoint import write_whole
+    from simvlm.files import write_whole
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
