@@ -86,8 +86,8 @@ def few(monkeypatch, task, count, change=lambda examples: examples):
     """From now on the task's train and dev splits are both the first `count` training examples, changed."""
     real = TASKS[task]
 
-    def first(folder, split, *, skip_missing=False):
-        whole = real.read(folder, split, skip_missing=skip_missing)
+    def first(folder, split, *, missing="refuse"):
+        whole = real.read(folder, split, missing=missing)
         return dataclasses.replace(whole, examples=tuple(change(whole.examples[:count])))
 
     splits = (real.splits[0], real.splits[0], real.splits[2])

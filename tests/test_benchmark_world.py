@@ -286,7 +286,7 @@ def test_hypotheses_are_true_false_or_neither(world, split):
 
 @pytest.mark.parametrize("split", ["train", "dev"])
 def test_entailment_of_glue(world, split):
-    read = glue.read(world / "glue" / "RTE", split)
+    read = glue.read(world / "glue" / "RTE", split, task="RTE")
     reasons = collections.Counter()
     for example in read.examples:
         label = true_label(example.text, *facts_in(example.source))
@@ -298,7 +298,7 @@ def test_entailment_of_glue(world, split):
 @pytest.mark.parametrize("split", ["train", "dev"])
 def test_acceptability_of_glue(world, split):
     words = collections.defaultdict(collections.Counter)
-    for example in glue.read(world / "glue" / "CoLA", split).examples:
+    for example in glue.read(world / "glue" / "CoLA", split, task="CoLA").examples:
         words[tuple(sorted(example.source.lower().removesuffix(".").split()))][example.label] += 1
         if example.label:
             parse(example.source)

@@ -17,7 +17,7 @@ import pytest
 
 from simvlm import cli
 from simvlm.tasks import caption_metrics, java_scorers
-from simvlm.tasks.caption_metrics import METRICS, bleu, caption_scores, unavailable_metrics
+from simvlm.tasks.caption_metrics import METRICS, best_constant, bleu, caption_scores, unavailable_metrics
 
 HYPOTHESES = {
     "7": "a small red circle to the left of a blue square",
@@ -175,6 +175,14 @@ def test_bleu_of_raw_text_and_its_interval():
     assert same.low == pytest.approx(same.value)
     assert same.high == pytest.approx(same.value)
     assert bleu(texts, references, seed=1).interval != plain.interval
+
+
+def test_the_best_constant_is_the_text_that_does_best_for_all():
+    references = [["a red circle on the left"], ["a red star on the right"], ["a red circle on the right"], ["blue"]]
+    texts = [reference for (reference,) in references]
+    by_bleu = {text: bleu([text] * 4, references).interval.value for text in texts}
+    assert best_constant(references) == max(by_bleu, key=by_bleu.get) == "a red circle on the right"
+    assert best_constant(references, candidates=1) == texts[0]
 
 
 def test_bleu_refuses():

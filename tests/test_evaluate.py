@@ -136,7 +136,7 @@ def test_a_model_that_knows_each_picture_is_right_with_its_own_alone(task_world,
         return [Generated(tuple(known.get(image.tobytes(), ())), 0.0, True) for image in images]
 
     monkeypatch.setattr(SimVLM, "generate", generate)
-    monkeypatch.setattr(evaluate_module, "caption_scores", lambda *_: no_scores())
+    monkeypatch.setattr(evaluate_module, "caption_scores", lambda *_, **__: no_scores())
     right, captions = {}, {example.id: example.references[0] for example in examples}
     for pictures in ("own", "shuffled", "masked"):
         options = {"checkpoint": f"{task_world}/pretrained", "out": str(tmp_path / pictures), "max_len": 60}
@@ -217,7 +217,7 @@ def test_what_does_not_fit_is_counted(runs, task_world, tmp_path):
     ],
 )
 def test_written_predictions_score_the_same_again(task, split, name, runs, task_world, tmp_path, monkeypatch):
-    def quick(texts, references):
+    def quick(texts, references, **_):
         length = sum(len(text) + len(references[key]) for key, text in texts.items())
         return dataclasses.replace(no_scores(), values={"length": length})
 
@@ -229,6 +229,11 @@ def test_written_predictions_score_the_same_again(task, split, name, runs, task_
     for result in (first, again):
         del result["settings"], result["left_out"]
     assert first == again
+    folder = tmp_path / "annotations alone"
+    shutil.copytree(data_of(task_world, task), folder, ignore=shutil.ignore_patterns("*.png", "*.jpg"))
+    settings = evaluating(task_world, task, predictions=str(tmp_path / name), limit=3, **options)
+    few = evaluate(dataclasses.replace(settings, data=str(folder)))
+    assert few["examples"] == 3
     assert first["sha256"]
     assert len(said(tmp_path)) == first["examples"]
 
@@ -241,6 +246,41 @@ def test_texts_are_scored_without_sacrebleu_no_more_than_it_can(task_world, monk
     split = read(task_world, "translation", "test")
     found = score(TASKS["translation"], split, {example.id: "ein" for example in split.examples})
     assert found.result == {"note": "bleu: sacrebleu is not installed"}
+
+
+def test_what_the_model_was_given_to_begin_with_is_not_scored(task_world, monkeypatch):
+    split = read(task_world, "german-captions", "test_2016_flickr")
+    begin = "Ein Bild von"
+    assert all(example.references[0].startswith(begin) for example in split.examples)
+    monkeypatch.setattr(evaluate_module, "caption_scores", lambda *_, **__: no_scores())
+    task = TASKS["german-captions"]
+    alone = score(task, split, dict.fromkeys([e.id for e in split.examples], begin), begin=begin).result
+    assert alone["bleu"]["value"] == 0
+    assert not alone["constant"]["text"].startswith(begin)
+    right = {example.id: example.references[0] for example in split.examples}
+    assert score(task, split, right, begin=begin).result["bleu"]["value"] == pytest.approx(100)
+    assert score(task, split, right).result["constant"]["bleu"]["value"] > alone["constant"]["bleu"]["value"] > 0
+
+
+def test_german_captions_have_ciders_too(task_world, monkeypatch):
+    asked = []
+
+    def cider(texts, references, *, wanted):
+        asked.append(dict(texts))
+        return dataclasses.replace(no_scores(), skipped={}, items={"CIDEr": dict.fromkeys(texts, 7.0)})
+
+    monkeypatch.setattr(evaluate_module, "caption_scores", cider)
+    for name, times in (("german-captions", 2), ("multi30k", 0)):
+        split = read(task_world, name, "test_2016_flickr")
+        said = {example.id: "ein Kreis" for example in split.examples}
+        found = score(TASKS[name], split, said).result
+        assert len(asked) == times
+        assert ("cider" in found) == ("cider" in found["constant"]) == bool(times)
+        assert "METEOR" in found["skipped"]
+        asked.clear()
+    told = {"task": name, "split": "test", "examples": 1, "left_out": {}, **found}
+    assert "METEOR skipped: pycocoevalcap" in report.lines(told)
+    assert "the best constant text" in report.lines(told)
 
 
 # The probe.

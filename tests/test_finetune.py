@@ -551,6 +551,11 @@ REFUSED = {
         {"tokenizer": "t", "variant": "demo", "checkpoint": "c"},
         "one of the two must be given, got both",
     ),
+    "two tokenizers": (
+        "coco",
+        {"tokenizer": "t.model"},
+        "tokenizer must be none with checkpoint, which has its own, got",
+    ),
     "no tokenizer": ("coco", {"variant": "demo"}, "tokenizer must be given with variant, got none"),
     "rand_augment": ("coco", {"rand_augment": True}, "rand_augment must be off for coco, which writes"),
     "soft": ("vqav2", {"label_smoothing": 0.1}, "label_smoothing must be 0 for vqav2, whose targets are soft already"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import shutil
@@ -34,8 +35,8 @@ READ = {
     "imagenet": (imagenet.read, ("train", "val")),
     "nli": (nli.read, ("train", "dev", "test")),
     "translation": (text_pairs.read, ("train", "val", "test")),
-    "glue/CoLA": (glue.read, ("train", "dev")),
-    "glue/RTE": (glue.read, ("train", "dev")),
+    "glue/CoLA": (functools.partial(glue.read, task="CoLA"), ("train", "dev")),
+    "glue/RTE": (functools.partial(glue.read, task="RTE"), ("train", "dev")),
 }
 SPLITS = [(name, split) for name, (_, splits) in READ.items() for split in splits]
 
@@ -222,7 +223,7 @@ def test_columns_of_glue(tmp_path, task, split):
     (tmp_path / task).mkdir()
     (tmp_path / task / f"{split}.tsv").write_text(text)
     manifest(tmp_path / task, **{split: 1})
-    (example,) = glue.read(tmp_path / task, split).examples
+    (example,) = glue.read(tmp_path / task, split, task=task).examples
     assert (example.source, example.text, example.label) == expected
     assert example.id == "0"
 
@@ -462,12 +463,6 @@ BAD = {
         "imagenet: every class of val must be one of train, got cube",
     ),
     "no classes": ("imagenet", "val", lambda folder: shutil.rmtree(folder / "val"), "imagenet: .*val must be a folder"),
-    "another task": (
-        "glue",
-        "dev",
-        lambda folder: None,
-        "glue: folder must be named CoLA, SST-2, MRPC, RTE, got glue",
-    ),
     "another header": (
         "glue/RTE",
         "dev",
@@ -500,16 +495,21 @@ def test_bad_input_is_named(copy, case):
     name, split, spoil, message = BAD[case]
     folder = copy(name)
     spoil(folder)
-    read = READ[name][0] if name in READ else glue.read
+    read = READ[name][0]
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
         read(folder, split)
     assert "\n" not in str(caught.value)
+
+
+def test_the_folder_of_another_task_of_glue_is_not_taken_for_its_own(world):
+    with pytest.raises(ValueError, match="CoLA: folder must be named CoLA, got RTE"):
+        glue.read(world / "glue/RTE", "dev", task="CoLA")
 
 
 def test_skip_missing_leaves_examples_out_and_counts_them(copy):
     folder = copy("nlvr2")
     whole = nlvr2.read(folder, "dev")
     (folder / "dev/dev-0-1-img0.png").unlink()
-    read = nlvr2.read(folder, "dev", skip_missing=True)
+    read = nlvr2.read(folder, "dev", missing="leave out")
     assert [example for example in whole.examples if example.id != "dev-0-1-0"] == list(read.examples)
     assert read.left_out == {"image missing": 1}

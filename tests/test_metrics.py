@@ -9,11 +9,9 @@ import pytest
 
 from simvlm.tasks.metrics import (
     Interval,
-    accuracy,
     bootstrap,
     by_group,
     chance_warning,
-    paired_difference,
     vqa_normalise,
     vqa_soft_score,
 )
@@ -125,29 +123,6 @@ def test_bootstrap_draws_in_parts(monkeypatch):
 def test_bootstrap_refuses(values, message):
     with pytest.raises(ValueError, match=message):
         bootstrap(values)
-
-
-def test_accuracy():
-    interval = accuracy(["a", "b", "c", "d"], ["a", "b", "x", "y"])
-    assert (interval.value, interval.n) == (0.5, 4)
-    assert interval == bootstrap([1, 1, 0, 0])
-    with pytest.raises(ValueError, match="predictions must be one for each of 2 labels, got 1"):
-        accuracy([1], [1, 2])
-    with pytest.raises(ValueError, match="labels must be known, got None for 1 of 2"):
-        accuracy([1, 2], [1, None])
-
-
-def test_pairs_tell_apart_what_intervals_of_each_do_not():
-    rng = np.random.default_rng(0)
-    hardness = rng.standard_normal(200)
-    a, b = hardness + 0.1, hardness + 0.02 * rng.standard_normal(200)
-    assert bootstrap(a).low < bootstrap(b).value
-    difference = paired_difference(a, b)
-    assert 0.09 < difference.low < difference.value < difference.high < 0.11
-    reverse = paired_difference(b, a)
-    assert reverse.value == pytest.approx(-difference.value)
-    with pytest.raises(ValueError, match="paired_difference: b must be of a's length 3, got 2"):
-        paired_difference([1, 2, 3], [1, 2])
 
 
 def test_by_group():

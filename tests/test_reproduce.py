@@ -193,6 +193,24 @@ def test_a_checkpoint_that_is_gone_is_made_again_where_it_is_needed(pretend, tmp
     assert done == ["a", "b", "c"]
 
 
+def test_a_jobs_seconds_are_those_of_all_its_sittings(tmp_path):
+    assert reproduce._earlier(tmp_path, "finetune") == 0
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(json.dumps({"step": step, "step_s": 0.5}) + "\n" for step in (10, 20, 25)))
+    assert reproduce._earlier(tmp_path, "pretrain") == 12.5
+    log.write_text("".join(json.dumps({"epoch": epoch, "seconds": 3.0}) + "\n" for epoch in (1, 2)))
+    assert reproduce._earlier(tmp_path, "finetune") == 6
+
+
+def test_official_vqa_is_split_where_answers_are_known():
+    for job in jobs_of("base"):
+        if job.settings.get("task") in ("vqav2", "open-vqa"):
+            known = (
+                {"splits": ("karpathy-train", "karpathy-val")} if job.kind == "finetune" else {"split": "karpathy-test"}
+            )
+            assert known.items() <= job.settings.items(), job.name
+
+
 def test_students_interval_is_scipys():
     values = [1.0, 2.5, 2.0, 4.0]
     low, high = stats.t.interval(0.95, 3, np.mean(values), stats.sem(values))
@@ -224,7 +242,9 @@ def invent(job):
         samples = [sample | {"pictures": [PICTURE]} for sample in samples]
     found = {"task": task.name, "samples": samples}
     if task.metric == "bleu":
-        return found | {"bleu": around(10 if control else 30, 2)}
+        scores = {name: around(10 if control else 30, 2) for name in ("bleu", "cider")}
+        constant = {name: around(12, 2) for name in scores}
+        return found | scores | {"constant": constant, "skipped": {"METEOR": "English"}}
     if task.metric == "captions":
         value = 5 if control else 90 if "finetuned" in job.name else 50
         entry = {"values": {"CIDEr": value, "BLEU-4": 20.0}, "skipped": {"SPICE": "no models"}}
@@ -342,6 +362,8 @@ def test_goals_are_met_or_missed_as_they_are(made, whole, tmp_path):
             return invent(dataclasses.replace(job, settings=job.settings | {"pictures": "own"}))
         if job.name == "eval/snli-ve/zero-shot-frozen-shuffled":
             return found | {"score": around(0.87)}
+        if job.name == "eval/german-captions/zero-shot-whole-own":
+            return found | {"constant": {"bleu": around(27, 2), "cider": around(25, 2)}}
         return found
 
     missed = {goal.text for goal in goals(Results(write_results(tmp_path, made, poor), made)) if goal.met is False}
@@ -352,8 +374,25 @@ def test_goals_are_met_or_missed_as_they_are(made, whole, tmp_path):
         "captions, CIDEr: zero-shot above zero-shot, pictures shuffled",
         "captions, judged right: zero-shot above zero-shot, pictures shuffled",
         "SNLI-VE, zero-shot, encoder frozen: above its controls, intervals apart",
+        "German captions, BLEU-4, zero-shot, encoder trained: above its controls, intervals apart",
         "linear probe: at least 20 points above an untrained encoder",
     }
+
+
+def test_what_java_would_score_reads_skipped(made, tmp_path):
+    def without(job, found):
+        found.pop("cider", None)
+        if "constant" in found:
+            del found["constant"]["cider"]
+            found["skipped"]["CIDEr"] = "no Java"
+        for entry in found.get("captions", {}).values():
+            entry.pop("cider", None)
+            entry["skipped"] |= {"CIDEr": "no Java"}
+        return found
+
+    reached = goals(Results(write_results(tmp_path, made, without), made))
+    assert {goal.verdict for goal in reached if "CIDEr" in goal.text} == {"skipped"}
+    assert {goal.verdict for goal in reached if "BLEU-4" in goal.text} == {"met"}
 
 
 def test_what_is_missing_reads_not_run(made, tmp_path):

@@ -12,11 +12,13 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from simvlm.tasks.examples import Example, Split
 
 MANIFEST = "manifest.json"
+Missing = Literal["refuse", "leave out", "keep"]
+"""Examples with pictures that are missing: an error, left out and counted, or kept, where no picture is looked at."""
 _SHOWN = 3
 """missing images that an error names"""
 
@@ -135,7 +137,7 @@ class Annotations:
         *,
         official: int | None,
         labels: tuple[str, ...] = (),
-        skip_missing: bool = False,
+        missing: Missing = "refuse",
         unique: bool = False,
         left_out: dict[str, int] | None = None,
     ) -> Split:
@@ -146,7 +148,7 @@ class Annotations:
             examples: all of them.
             official: how many there must be where no manifest says so; None if nobody knows.
             labels: names of the classes.
-            skip_missing: leave out examples whose images are missing.
+            missing: what becomes of examples whose images are.
             unique: no two may have one id.
             left_out: what the reader itself left out.
 
@@ -160,17 +162,17 @@ class Annotations:
             if often and often[0][1] > 1:
                 raise ValueError(f"{self.task}: ids of {name} must be unique, got {often[0][0]} {often[0][1]} times")
         images = dict.fromkeys(path for example in examples for path in example.images)
-        missing = {path for path in images if not (path.is_file() and path.stat().st_size)}
+        gone = set() if missing == "keep" else {path for path in images if not (path.is_file() and path.stat().st_size)}
         out = dict(left_out or {})
-        if missing and not skip_missing:
-            first = ", ".join(str(path) for path in sorted(missing)[:_SHOWN])
+        if gone and missing == "refuse":
+            first = ", ".join(str(path) for path in sorted(gone)[:_SHOWN])
             raise FileNotFoundError(
-                f"{self.task}: images of {name} must be files that are not empty, got {len(missing)} of {len(images)} "
-                f"missing ({first}{', …' if len(missing) > _SHOWN else ''}); download them again, or leave their "
+                f"{self.task}: images of {name} must be files that are not empty, got {len(gone)} of {len(images)} "
+                f"missing ({first}{', …' if len(gone) > _SHOWN else ''}); download them again, or leave their "
                 "examples out with --skip-missing"
             )
-        kept = tuple(example for example in examples if missing.isdisjoint(example.images))
-        if missing:
+        kept = tuple(example for example in examples if gone.isdisjoint(example.images))
+        if gone:
             out["image missing"] = len(examples) - len(kept)
         return Split(task=self.task, name=name, examples=kept, labels=labels, sha256=dict(self.sha256), left_out=out)
 

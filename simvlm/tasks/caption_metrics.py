@@ -39,7 +39,7 @@ class Bleu:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CaptionScores:
-    """What every metric says of a set of captions. Each of METRICS is in `values` or in `skipped`.
+    """What every metric says of a set of captions. Each metric wanted is in `values` or in `skipped`.
 
     Attributes:
         values: in percent, of the whole set.
@@ -123,10 +123,31 @@ def bleu(
     return Bleu(interval, f"sacrebleu|{metric.get_signature()}")
 
 
+def best_constant(references: Sequence[Sequence[str]], *, candidates: int = 100) -> str:
+    """The text that has the best BLEU-4 where it is written for every item: what one can get without reading any.
+
+    It is sought among the first references of some of these very items, evenly spread, which is more than a model is
+    allowed: as a control it is a strict one.
+
+    Args:
+        references: as for `bleu`.
+        candidates: how many are tried.
+
+    Raises:
+        ImportError: sacrebleu is not installed.
+    """
+    from sacrebleu.metrics.bleu import BLEU
+
+    metric = BLEU(references=list(itertools.zip_longest(*references)))
+    tried = dict.fromkeys(texts[0] for texts in references[:: -(-len(references) // candidates)])
+    return max(tried, key=lambda text: metric.corpus_score([text] * len(references), None).score)
+
+
 def caption_scores(
     hypotheses: Mapping[str, str],
     references: Mapping[str, Sequence[str]],
     *,
+    wanted: Sequence[str] = METRICS,
     tokenized: bool = False,
     limit_s: float = LIMIT_S,
 ) -> CaptionScores:
@@ -139,6 +160,7 @@ def caption_scores(
     Args:
         hypotheses: one caption for each picture.
         references: one or more captions for each picture, English for METEOR and SPICE.
+        wanted: which of METRICS.
         tokenized: texts are tokens separated by spaces, in the case that counts. No tokenizer is run, and BLEU, CIDEr
             and ROUGE-L need no Java. Else tokens are PTB's, in lower case, without punctuation.
         limit_s: seconds after which a scorer that starts Java is skipped.
@@ -149,25 +171,26 @@ def caption_scores(
     _check(hypotheses, references)
     # Scorers take a line for a text, and some take other separators than "\n" for a line's end.
     texts = {i: " ".join(hypotheses[i].split()) for i in references}
-    wanted = {i: [" ".join(text.split()) for text in several] for i, several in references.items()}
-    scores = CaptionScores(values={}, items={}, skipped=unavailable_metrics(tokenized=tokenized), signatures={})
-    if len(references) == 1:
+    truths = {i: [" ".join(text.split()) for text in several] for i, several in references.items()}
+    skipped = {metric: why for metric, why in unavailable_metrics(tokenized=tokenized).items() if metric in wanted}
+    scores = CaptionScores(values={}, items={}, skipped=skipped, signatures={})
+    if len(references) == 1 and "CIDEr" in wanted:
         scores.skipped.setdefault("CIDEr", "weighs words by how many pictures they go with: needs two or more")
-    metrics = [metric for metric in METRICS if metric not in scores.skipped]
+    metrics = [metric for metric in wanted if metric not in scores.skipped]
     if metrics and not tokenized:
         try:
-            texts, wanted = _ptb_tokens(texts, wanted, limit_s)
+            texts, truths = _ptb_tokens(texts, truths, limit_s)
         except ScorerError as error:
             scores.skipped.update(dict.fromkeys(metrics, str(error)))
             return scores
     tokens = f"tokens: {'as given' if tokenized else 'PTB'}"
     for metric in metrics:
         if metric == "BLEU-4":
-            result = bleu(list(texts.values()), list(wanted.values()), tokenize="none")
+            result = bleu(list(texts.values()), list(truths.values()), tokenize="none")
             scores.values[metric], scores.signatures[metric] = result.interval.value, f"{result.signature}|{tokens}"
             continue
         try:
-            value, items = _coco_score(metric, texts, wanted, limit_s)
+            value, items = _coco_score(metric, texts, truths, limit_s)
         except ScorerError as error:
             scores.skipped[metric] = str(error)
             continue

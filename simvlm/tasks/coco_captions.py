@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from simvlm.tasks import predictions as files
-from simvlm.tasks.annotations import Annotations, Record, check_split
+from simvlm.tasks.annotations import Annotations, Missing, Record, check_split
 from simvlm.tasks.examples import Example, Split
 
 TASK = "coco_captions"
@@ -21,13 +21,13 @@ OFFICIAL_COUNTS = {"train": 113_287, "val": 5_000, "test": 5_000, "train2014": 8
 _KARPATHY = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 
 
-def read(folder: str | os.PathLike[str], split: str, *, skip_missing: bool = False) -> Split:
+def read(folder: str | os.PathLike[str], split: str, *, missing: Missing = "refuse") -> Split:
     """A split: pictures with their captions as `references`.
 
     Args:
         folder: with the files named above.
         split: "train", "val" or "test" of Karpathy's; "train2014" or "val2014" of COCO's.
-        skip_missing: leave out missing pictures.
+        missing: what becomes of pictures that are missing.
 
     Raises:
         FileNotFoundError: a file or picture is missing.
@@ -44,7 +44,7 @@ def read(folder: str | os.PathLike[str], split: str, *, skip_missing: bool = Fal
             for record, captions in images_and_captions(annotations.json(name), TASK, name)
         ]
     official = OFFICIAL_COUNTS[split]
-    return annotations.split(split, examples, official=official, skip_missing=skip_missing, unique=True)
+    return annotations.split(split, examples, official=official, missing=missing, unique=True)
 
 
 def images_and_captions(content: Record, task: str, name: str) -> list[tuple[Record, tuple[str, ...]]]:

@@ -9,23 +9,24 @@ import dataclasses
 import os
 
 from simvlm.tasks import coco_captions
+from simvlm.tasks.annotations import Missing
 from simvlm.tasks.examples import Example, Split
 
 TASK = "completion"
 
 
-def read(folder: str | os.PathLike[str], split: str, *, skip_missing: bool = False) -> Split:
+def read(folder: str | os.PathLike[str], split: str, *, missing: Missing = "refuse") -> Split:
     """COCO's split; of each first caption the first half of the words as `source`, the rest as the only reference.
 
     Args:
         folder: of COCO Captions.
         split: "train", "val" or "test" of Karpathy's.
-        skip_missing: leave out missing pictures.
+        missing: what becomes of pictures that are missing.
 
     Raises:
         FileNotFoundError, ValueError: as for COCO Captions.
     """
-    found = coco_captions.read(folder, split, skip_missing=skip_missing)
+    found = coco_captions.read(folder, split, missing=missing)
     return dataclasses.replace(found, task=TASK, examples=tuple(map(_begun, found.examples)))
 
 

@@ -22,8 +22,9 @@ from simvlm.data.scenes import Scene
 from simvlm.model.torch_model import SimVLM
 from simvlm.model.weights import load
 from simvlm.tasks import probe, vqav2
+from simvlm.tasks.annotations import Missing
 from simvlm.tasks.batches import Batches, shuffled_pictures
-from simvlm.tasks.caption_metrics import bleu, caption_scores
+from simvlm.tasks.caption_metrics import best_constant, bleu, caption_scores
 from simvlm.tasks.classifier import TASK, Classifier
 from simvlm.tasks.examples import Example, Split
 from simvlm.tasks.metrics import bootstrap, by_group, chance_warning, vqa_normalise, vqa_soft_score
@@ -47,21 +48,30 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
     check_eval(settings)
     task = task_of(settings.task)
     name = settings.split or task.splits[2]
-    split = task.read(settings.data, name, skip_missing=settings.skip_missing)
-    if settings.limit is not None:
-        split = dataclasses.replace(split, examples=split.examples[: settings.limit])
+    missing: Missing = "leave out" if settings.skip_missing else "refuse"
+    split = task.read(settings.data, name, missing="keep" if settings.predictions else missing)
+    few = dataclasses.replace(split, examples=split.examples[: settings.limit])
     if settings.predictions:
         if task.read_predictions is None:
             raise ValueError(f"eval: {task.name} has no format for predictions; give a checkpoint")
         predictions = task.read_predictions(Path(settings.predictions))
         check_complete(predictions, split)
-        predicted = Predicted(predictions)
+        predicted = Predicted({example.id: predictions[example.id] for example in few.examples})
     else:
-        predicted = predict(task, split, settings)
+        predicted = predict(task, few, settings)
+    split = few
     classes = None
     if name in vqav2.KARPATHY:
         classes = frozenset(vqav2.answer_vocabulary(settings.data, normalise=vqa_normalise))
-    scored = score(task, split, predicted.answers, taught=predicted.taught, classes=classes, seed=settings.seed)
+    scored = score(
+        task,
+        split,
+        predicted.answers,
+        begin=settings.begin,
+        taught=predicted.taught,
+        classes=classes,
+        seed=settings.seed,
+    )
     result = {
         "task": task.name,
         "split": name,
@@ -173,6 +183,7 @@ def score(
     split: Split,
     predictions: Mapping[str, str],
     *,
+    begin: str = "",
     taught: frozenset[str] | None = None,
     classes: frozenset[str] | None = None,
     seed: int = 0,
@@ -180,6 +191,7 @@ def score(
     """Scores of predictions by id; {} where the split has no answers or the task no metric.
 
     Args:
+        begin: what the model was given to begin with: not its own, so not scored, nor where references begin so.
         taught: the answers that finetuning had, normalised: VQA's score is then told apart by whether it had the
             question's.
         classes: VQA's vocabulary: its score is told apart by whether a classifier could give the question's answer
@@ -200,23 +212,17 @@ def score(
         raise ValueError(f"{task.name}: all examples of {split.name} must have answers, got {sum(answered)} that do")
     if task.metric in ("accuracy", "vqa"):
         return _score_each(task, split, predictions, taught, classes, seed)
+    said = {example.id: _after(begin, predictions[example.id]) for example in examples}
+    if task.metric == "bleu":
+        truths = {example.id: [_after(begin, text) or text for text in example.references] for example in examples}
+        return Scored(_score_texts(task, said, truths, seed), {})
     result: dict[str, Any] = {}
     items: dict[str, float] = {}
-    if task.metric == "bleu":
-        try:
-            found = bleu(
-                [predictions[example.id] for example in examples],
-                [example.references for example in examples],
-                seed=seed,
-            )
-        except ImportError as missing:  # what was written is not lost for it
-            return Scored({"note": str(missing)}, {})
-        result["bleu"] = {**dataclasses.asdict(found.interval), "signature": found.signature}
-    else:
+    if task.metric == "captions":
         groups = sorted({example.group for example in examples} - {""})
         for group in ["", *groups]:
             part = [example for example in examples if not group or example.group == group]
-            texts = {example.id: predictions[example.id] for example in part}
+            texts = {example.id: said[example.id] for example in part}
             scores = caption_scores(texts, {example.id: example.references for example in part})
             entry = {"values": scores.values, "skipped": scores.skipped, "signatures": scores.signatures}
             if "CIDEr" in scores.items:
@@ -231,6 +237,34 @@ def score(
             result["judged_right"] = dataclasses.asdict(bootstrap(list(right.values()), seed=seed))
             items = right
     return Scored(result, items)
+
+
+def _after(begin: str, text: str) -> str:
+    return text.removeprefix(begin).strip()
+
+
+def _score_texts(task: Task, said: Mapping[str, str], truths: Mapping[str, Sequence[str]], seed: int) -> dict[str, Any]:
+    """BLEU, and where a picture is all that is read CIDEr; the same of the best constant text, as a control."""
+    try:
+        own = _measured(task, said, truths, seed)
+    except ImportError as missing:  # what was written is not lost for it
+        return {"note": str(missing)}
+    constant = best_constant(list(truths.values()))
+    return own | {"constant": {"text": constant} | _measured(task, dict.fromkeys(said, constant), truths, seed)}
+
+
+def _measured(task: Task, said: Mapping[str, str], truths: Mapping[str, Sequence[str]], seed: int) -> dict[str, Any]:
+    found = bleu(list(said.values()), list(truths.values()), seed=seed)
+    result: dict[str, Any] = {
+        "bleu": {**dataclasses.asdict(found.interval), "signature": found.signature},
+        "skipped": {"METEOR": "pycocoevalcap calls it for English alone"},
+    }
+    if not task.reads_source:  # captions; CIDEr weighs least what all of them say
+        scores = caption_scores(said, truths, wanted=("CIDEr",))
+        result["skipped"] |= scores.skipped
+        if "CIDEr" in scores.items:
+            result["cider"] = dataclasses.asdict(bootstrap(list(scores.items["CIDEr"].values()), seed=seed))
+    return result
 
 
 def samples(

@@ -27,6 +27,7 @@ from simvlm.model.folder import sha256_of
 from simvlm.model.torch_model import SimVLM
 from simvlm.model.weights import load
 from simvlm.tasks import vqav2
+from simvlm.tasks.annotations import Missing
 from simvlm.tasks.batches import Batches
 from simvlm.tasks.classifier import TASK, Classifier
 from simvlm.tasks.examples import Example, Split
@@ -67,7 +68,8 @@ def finetune(settings: FinetuneSettings) -> dict[str, Any]:
     if (out / RESULT).exists():
         raise FileExistsError(f"out: {out} holds a finished run; another --out, or remove it")
     splits = settings.splits or task.splits[:2]
-    train, dev = (task.read(settings.data, name, skip_missing=settings.skip_missing) for name in splits)
+    missing: Missing = "leave out" if settings.skip_missing else "refuse"
+    train, dev = (task.read(settings.data, name, missing=missing) for name in splits)
     labels = labels_of(task, train, settings.data)
     teaching, judging = _targets(task, train, labels), _targets(task, dev, labels)
     if settings.leave_out_answers:

@@ -6,7 +6,7 @@ import dataclasses
 import os
 from pathlib import Path
 
-from simvlm.tasks.annotations import Annotations, check_split
+from simvlm.tasks.annotations import Annotations, Missing, check_split
 from simvlm.tasks.examples import Example, Split
 
 SPLITS = ("train", "dev", "test")
@@ -78,21 +78,21 @@ _LAYOUTS = {
 TASKS = tuple(_LAYOUTS)
 
 
-def read(folder: str | os.PathLike[str], split: str, *, skip_missing: bool = False) -> Split:
+def read(folder: str | os.PathLike[str], split: str, *, task: str, missing: Missing = "refuse") -> Split:
     """A split: the (first) sentence as `source`, the second, where the task has pairs, as `text`.
 
     Args:
-        folder: the task's, by whose name the columns are known: "CoLA", "SST-2", "MRPC" or "RTE".
+        folder: the task's, named as it.
         split: "train", "dev" or "test", which has no labels.
-        skip_missing: for the sake of one signature; no image can be missing.
+        task: "CoLA", "SST-2", "MRPC" or "RTE".
+        missing: for the sake of one signature; no image can be missing.
 
     Raises:
         FileNotFoundError: the file is missing.
         ValueError: another task, header or number of columns, an unknown label, another count or hash.
     """
-    task = Path(folder).resolve().name
-    if task not in _LAYOUTS:
-        raise ValueError(f"glue: folder must be named {', '.join(TASKS)}, got {task}")
+    if Path(folder).resolve().name != task:  # files of two tasks may have the same columns
+        raise ValueError(f"{task}: folder must be named {task}, got {Path(folder).resolve().name}")
     check_split(task, split, SPLITS)
     layout = _LAYOUTS[task]
     annotations = Annotations(task, folder)

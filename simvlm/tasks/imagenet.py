@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from simvlm.tasks.annotations import Annotations, check_split
+from simvlm.tasks.annotations import Annotations, Missing, check_split
 from simvlm.tasks.examples import Example, Split
 
 TASK = "imagenet"
@@ -12,13 +12,13 @@ OFFICIAL_COUNTS = {"train": 1_281_167, "val": 50_000}
 """recalled"""
 
 
-def read(folder: str | os.PathLike[str], split: str, *, skip_missing: bool = False) -> Split:
+def read(folder: str | os.PathLike[str], split: str, *, missing: Missing = "refuse") -> Split:
     """A split: pictures with the index of their class; the classes are train's folders by the alphabet.
 
     Args:
         folder: with the folders named above.
         split: "train" or "val".
-        skip_missing: leave out empty files.
+        missing: what becomes of empty files.
 
     Raises:
         FileNotFoundError: the split's folder is missing, or a picture is empty.
@@ -39,7 +39,7 @@ def read(folder: str | os.PathLike[str], split: str, *, skip_missing: bool = Fal
             Example(id=f"{name}/{picture}", images=(place / picture,), label=index[name]) for picture in pictures
         ]
     official = OFFICIAL_COUNTS[split]
-    return annotations.split(split, examples, official=official, labels=labels, skip_missing=skip_missing)
+    return annotations.split(split, examples, official=official, labels=labels, missing=missing)
 
 
 def _entries(annotations: Annotations, split: str) -> list[str]:

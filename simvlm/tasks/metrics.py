@@ -76,31 +76,6 @@ def bootstrap(values: Sequence[float] | np.ndarray, *, seed: int = 0) -> Interva
     return Interval(float(scores.mean()), *percentiles(means), scores.size)
 
 
-def accuracy(predictions: Sequence[object], labels: Sequence[object], *, seed: int = 0) -> Interval:
-    """The share of predictions that equal their labels, in [0, 1].
-
-    Raises:
-        ValueError: there is not one prediction for each label, there are none, or a label is None.
-    """
-    if len(predictions) != len(labels):
-        raise ValueError(f"accuracy: predictions must be one for each of {len(labels)} labels, got {len(predictions)}")
-    unlabelled = sum(label is None for label in labels)
-    if unlabelled:
-        raise ValueError(f"accuracy: labels must be known, got None for {unlabelled} of {len(labels)}")
-    return bootstrap([float(guess == label) for guess, label in zip(predictions, labels, strict=True)], seed=seed)
-
-
-def paired_difference(a: Sequence[float], b: Sequence[float], *, seed: int = 0) -> Interval:
-    """The mean of a - b over pairs of scores: two models on the same items, or two recipes with the same seeds.
-
-    Raises:
-        ValueError: `a` and `b` are not of one length, or hold nothing, or something not finite.
-    """
-    if len(a) != len(b):
-        raise ValueError(f"paired_difference: b must be of a's length {len(a)}, got {len(b)}")
-    return bootstrap(np.subtract(a, b, dtype=np.float64), seed=seed)
-
-
 def student(values: Sequence[float]) -> Interval:
     """The mean of a few values that each stand for a run, with Student's 95 % interval.
 

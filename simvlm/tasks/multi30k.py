@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 
-from simvlm.tasks.annotations import Annotations, check_split
+from simvlm.tasks.annotations import Annotations, Missing, check_split
 from simvlm.tasks.examples import Example, Split
 from simvlm.tasks.text_pairs import parallel_lines
 
@@ -17,13 +17,13 @@ OFFICIAL_COUNTS = {"train": 29_000, "val": 1_014, "test_2016_flickr": 1_000}
 """as the WMT16 multimodal task has them"""
 
 
-def read(folder: str | os.PathLike[str], split: str, *, skip_missing: bool = False) -> Split:
+def read(folder: str | os.PathLike[str], split: str, *, missing: Missing = "refuse") -> Split:
     """A split: pictures, English as `source`, German as the only reference.
 
     Args:
         folder: with the files named above.
         split: "train", "val" or "test_2016_flickr".
-        skip_missing: leave out missing pictures.
+        missing: what becomes of pictures that are missing.
 
     Raises:
         FileNotFoundError: a file or picture is missing.
@@ -41,4 +41,4 @@ def read(folder: str | os.PathLike[str], split: str, *, skip_missing: bool = Fal
         )
         for number, (english, german, image) in enumerate(zip(*rows, strict=True), 1)
     ]
-    return annotations.split(split, examples, official=OFFICIAL_COUNTS[split], skip_missing=skip_missing)
+    return annotations.split(split, examples, official=OFFICIAL_COUNTS[split], missing=missing)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from simvlm.tasks.annotations import Annotations, check_split
+from simvlm.tasks.annotations import Annotations, Missing, check_split
 from simvlm.tasks.examples import Example, Split
 
 TASK = "nli"
@@ -15,13 +15,13 @@ OFFICIAL_COUNTS = {"train": 549_367, "dev": 9_842, "test": 9_824}
 """pairs with a label; recalled"""
 
 
-def read(folder: str | os.PathLike[str], split: str, *, skip_missing: bool = False) -> Split:
+def read(folder: str | os.PathLike[str], split: str, *, missing: Missing = "refuse") -> Split:
     """A split: premises as `source`, hypotheses as `text`; pairs without a gold label are left out and counted.
 
     Args:
         folder: with the files named above.
         split: "train", "dev" or "test".
-        skip_missing: for the sake of one signature; no image can be missing.
+        missing: for the sake of one signature; no image can be missing.
 
     Raises:
         FileNotFoundError: the file is missing.

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from simvlm.tasks.annotations import Annotations, check_split
+from simvlm.tasks.annotations import Annotations, Missing, check_split
 from simvlm.tasks.examples import Example, Split
 from simvlm.tasks.predictions import by_id
 
@@ -24,13 +24,13 @@ OFFICIAL_COUNTS = {"train": 86_373, "dev": 6_982, "test1": 6_967}
 """recalled from the dataset's paper"""
 
 
-def read(folder: str | os.PathLike[str], split: str, *, skip_missing: bool = False) -> Split:
+def read(folder: str | os.PathLike[str], split: str, *, missing: Missing = "refuse") -> Split:
     """A split: two pictures, left and right, and the statement as `text`.
 
     Args:
         folder: with the files named above.
         split: "train", "dev" or "test1".
-        skip_missing: leave out statements with a missing picture.
+        missing: what becomes of statements with a missing picture.
 
     Raises:
         FileNotFoundError: a file or picture is missing.
@@ -56,7 +56,7 @@ def read(folder: str | os.PathLike[str], split: str, *, skip_missing: bool = Fal
             )
         )
     official = OFFICIAL_COUNTS[split]
-    return annotations.split(split, examples, official=official, labels=LABELS, skip_missing=skip_missing, unique=True)
+    return annotations.split(split, examples, official=official, labels=LABELS, missing=missing, unique=True)
 
 
 def write_predictions(path: str | os.PathLike[str], predictions: Mapping[str, str]) -> None:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 
 from simvlm.tasks import predictions as files
-from simvlm.tasks.annotations import Annotations, check_split
+from simvlm.tasks.annotations import Annotations, Missing, check_split
 from simvlm.tasks.coco_captions import captioned, images_and_captions
 from simvlm.tasks.examples import Split
 
@@ -20,13 +20,13 @@ OFFICIAL_COUNTS = {"val": 4_500, "test": 10_600}
 """pictures: nocaps.org/download"""
 
 
-def read(folder: str | os.PathLike[str], split: str, *, skip_missing: bool = False) -> Split:
+def read(folder: str | os.PathLike[str], split: str, *, missing: Missing = "refuse") -> Split:
     """A split: pictures, their domain as `group`, and on val their captions as `references`.
 
     Args:
         folder: with the files named above.
         split: "val" or "test", which has no captions.
-        skip_missing: leave out missing pictures.
+        missing: what becomes of pictures that are missing.
 
     Raises:
         FileNotFoundError: a file or picture is missing.
@@ -47,7 +47,7 @@ def read(folder: str | os.PathLike[str], split: str, *, skip_missing: bool = Fal
             for record in content.records("images")
         ]
     official = OFFICIAL_COUNTS[split]
-    return annotations.split(split, examples, official=official, skip_missing=skip_missing, unique=True)
+    return annotations.split(split, examples, official=official, missing=missing, unique=True)
 
 
 def write_predictions(path: str | os.PathLike[str], predictions: Mapping[str, str]) -> None:

@@ -24,7 +24,7 @@ def predict(
     task: Task, split: Split, model: SimVLM, batches: Batches, settings: EvalSettings, *, bfloat16: bool
 ) -> dict[str, str]:
     """The class of each example of a split, by a probe fitted to the training split."""
-    train = task.read(settings.data, task.splits[0], skip_missing=settings.skip_missing)
+    train = task.read(settings.data, task.splits[0], missing="leave out" if settings.skip_missing else "refuse")
     states = features(model, batches, train.examples, settings.batch, bfloat16=bfloat16)
     labels = torch.tensor([example.label for example in train.examples])
     mean, std = states.mean(0), states.std(0) + 1e-6

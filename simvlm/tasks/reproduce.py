@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
@@ -123,8 +124,10 @@ def do(job: Job, by_name: Mapping[str, Job], work: Path) -> dict[str, Any]:
     from simvlm.tasks.reproduce_gallery import thumbnail
     from simvlm.tasks.settings import EvalSettings, FinetuneSettings
 
-    began = time.perf_counter()
     folder = work / job.name
+    if (folder / finetune.RESULT).exists():  # wanted anew; one that was cut off goes on
+        shutil.rmtree(folder)
+    began = time.perf_counter() - _earlier(folder, job.kind)
     settings = dict(job.settings)
     if (needed := job.needs) is not None:
         settings["checkpoint"] = str(checkpoint_of(by_name[needed], work))
@@ -135,8 +138,6 @@ def do(job: Job, by_name: Mapping[str, Job], work: Path) -> dict[str, Any]:
             for sample in found["samples"]:
                 sample["pictures"] = [thumbnail(Path(settings["data"], path)) for path in sample["images"]]
     elif job.kind == "finetune":
-        if (folder / finetune.RESULT).exists():  # wanted anew; one that was cut off goes on
-            shutil.rmtree(folder)
         found = finetune.finetune(FinetuneSettings(**settings, out=str(folder)))
     else:
         found = _pretrained(folder, settings)
@@ -176,7 +177,8 @@ def command(job: Job) -> str:
     parts = ["simvlm", job.kind, *([str(flat.pop("task"))] if "task" in flat else [])]
     for name, value in (flat | {"out": job.name}).items():
         parts.append(f"--{name.replace('_', '-')}")
-        parts += map(str, value if isinstance(value, (tuple, list)) else (value,))
+        if value is not True:  # a flag
+            parts += map(str, value if isinstance(value, (tuple, list)) else (value,))
     return shlex.join(parts)
 
 
@@ -221,6 +223,18 @@ def _pretrained(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     link.symlink_to(last.relative_to(folder))
     log = [json.loads(line) for line in (folder / loop.LOG).read_text().splitlines()]
     return {"log": [{name: line[name] for name in ("step", "loss")} for line in log], "skipped": log[-1]["skipped"]}
+
+
+def _earlier(folder: Path, kind: Kind) -> float:
+    """Seconds that a job which was cut off took for what it goes on from."""
+    from simvlm.train import loop
+
+    path = folder / loop.LOG  # of finetuning too
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if kind == "finetune":
+        return float(sum(line["seconds"] for line in lines))
+    steps = [0, *(line["step"] for line in lines)]
+    return float(sum(line["step_s"] * (b - a) for line, (a, b) in zip(lines, itertools.pairwise(steps), strict=True)))
 
 
 def _begin(threads: int, parent: int) -> None:

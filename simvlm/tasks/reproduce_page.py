@@ -95,12 +95,12 @@ class _Writer:
         parts = [f"<h1>{_TITLE}</h1>", *(f"<p>{html.escape(text)}</p>" for text in self._head())]
         goal_rows = [(goal.text, goal.found, goal.verdict) for goal in reached]
         parts += [_section("Goals", _GOALS), _html_table(("goal", "found", ""), goal_rows)]
-        for place, table in enumerate(found):
+        for table in found:
             rows = [(*row.cells, self._time(row)) for row in table.rows]
             parts += [_section(table.title, table.text), _html_table((*table.head, "time"), rows)]
             parts.append(self._html_commands(_jobs(table)))
-            if place == 0:
-                parts += [self._html_plot(reproduce_plots.ABLATION, "Ablation", ""), self._html_plot(*_LOSS)]
+            if table.plot in self.plots:
+                parts.append(self._html_plot(table.plot))
         parts.append(_section("Gallery", _GALLERY))
         for label, (panel, shown) in zip(_LABELS, cards.items(), strict=False):
             parts.append(f"<h3>({label}) {html.escape(panel)}</h3>")
@@ -118,13 +118,12 @@ class _Writer:
         parts.append(
             _markdown_table(("goal", "found", ""), [(goal.text, goal.found, goal.verdict) for goal in reached])
         )
-        for place, table in enumerate(found):
+        for table in found:
             parts += [f"## {table.title}", table.text]
             parts.append(_markdown_table((*table.head, "time"), [(*row.cells, self._time(row)) for row in table.rows]))
             parts.append(self._markdown_commands(_jobs(table)))
-            if place == 0:
-                parts += [f"![ablation]({reproduce_plots.ABLATION})"] * (reproduce_plots.ABLATION in self.plots)
-                parts += [_LOSS[2], f"![losses]({reproduce_plots.LOSS})"] * (reproduce_plots.LOSS in self.plots)
+            if table.plot in self.plots:
+                parts.append(f"![{table.plot.partition('.')[0]}]({table.plot})")
         parts += ["## Gallery", _GALLERY]
         parts += [f"![gallery]({reproduce_plots.GALLERY})"] * (reproduce_plots.GALLERY in self.plots)
         for label, (panel, shown) in zip(_LABELS, cards.items(), strict=False):
@@ -139,7 +138,7 @@ class _Writer:
         scale, files = self.scale, self.results.files
         ran = f"{len(files)} of {len(self.results.jobs)} jobs have run"
         seconds = self.results.seconds(files)
-        ran += "" if seconds is None else f", {seconds / 3600:.2f} hours in all"
+        ran += "" if seconds is None else f", {seconds / 3600:.2f} hours of jobs, of which some ran side by side"
         machines: dict[str, int] = {}
         for file in files.values():
             told = file.get("machine")
@@ -169,7 +168,9 @@ class _Writer:
         seconds = self.results.seconds(row.jobs)
         if seconds is None:
             return NOT_RUN if row.jobs else ""
-        return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
+        ran = sum(name in self.results.files for name in row.jobs)
+        told = f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
+        return told if ran == len(row.jobs) else f"{told} ({ran} of {len(row.jobs)} jobs)"
 
     def _html_commands(self, names: Iterable[str]) -> str:
         items = "".join(
@@ -191,11 +192,9 @@ class _Writer:
                 found.append((told, _from_work(command(job) if file is None else file["command"], self.work)))
         return found
 
-    def _html_plot(self, name: str, alt: str, text: str) -> str:
-        if name not in self.plots:
-            return ""
+    def _html_plot(self, name: str) -> str:
         content = base64.b64encode((self.out / name).read_bytes()).decode()
-        return f'<p class="soft">{text}</p><p><img class="plot" alt="{alt}" src="data:image/png;base64,{content}"></p>'
+        return f'<p><img class="plot" alt="{name.partition(".")[0]}" src="data:image/png;base64,{content}"></p>'
 
 
 _TITLE = "SimVLM's experiments, reproduced"
@@ -203,12 +202,6 @@ _GOALS = "Set before anything was run."
 _GALLERY = (
     "The paper's panels; the first examples of each test split in order, not the best. Below each: what the model read "
     "beside the picture, what it wrote (→), and an answer that is right where the split has one."
-)
-_LOSS = (
-    reproduce_plots.LOSS,
-    "Losses",
-    "Loss of pretraining, first seeds, per target token. Objectives have different targets: losses of PrefixLM, LM and "
-    "span corruption do not compare.",
 )
 
 

@@ -1,6 +1,6 @@
 """The rows of the paper's tables as jobs: what is pretrained, finetuned and evaluated for each, at a scale.
 
-ablation     VQA after pretraining in twelve ways and without any (SimVLM §4.4)
+ablation     VQA after pretraining in eleven ways and without any (SimVLM §4.4)
 finetuning   VQAv2, NLVR2, SNLI-VE with their blind models; COCO captions, NoCaps, Multi30k (§4.2)
 zero-shot    captioning by the prompt; SNLI-VE from text-only NLI, German captions from text-only translation, with
              pictures masked and shuffled; open-ended VQA (§4.3)
@@ -54,6 +54,8 @@ class Scale:
         image_size: of finetuning; None: as pretrained.
         max_len: tokens that are written at the most.
         german: what zero-shot captions in German begin with.
+        rand_augment: the tasks that it is used for.
+        vqa_splits: to train, to choose and to report on; None: those of the files, whose test must have answers.
     """
 
     variant: str
@@ -75,6 +77,8 @@ class Scale:
     image_size: int | None = None
     max_len: int = 30
     german: str = ""
+    rand_augment: tuple[str, ...] = ()
+    vqa_splits: tuple[str, str, str] | None = None
     lr_of: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
     device: str = "auto"
     precision: Any = "auto"
@@ -82,7 +86,17 @@ class Scale:
 
 _PAPER = OptimizerSettings(warmup=0.1)
 _PAPERS_LR = (1e-5, 2e-5, 5e-5)
-_EPOCHS = {"vqav2": 10, "nlvr2": 10, "snli-ve": 5, "nli": 3, "coco": 10, "multi30k": 10, "translation": 10}
+_RATES = (1e-4, 3e-4, 1e-3)
+_EPOCHS = {
+    "vqav2": 10,
+    "nlvr2": 10,
+    "snli-ve": 5,
+    "nli": 3,
+    "coco": 10,
+    "multi30k": 10,
+    "translation": 10,
+    "open-vqa": 10,
+}
 _SMALL = Scale(
     variant="small",
     steps=200_000,
@@ -99,6 +113,8 @@ _SMALL = Scale(
     seeds=1,
     core_seeds=1,
     image_size=480,
+    rand_augment=("vqav2", "nlvr2", "snli-ve"),
+    vqa_splits=("karpathy-train", "karpathy-val", "karpathy-test"),
 )
 SCALES = {
     "demo": Scale(
@@ -110,8 +126,8 @@ SCALES = {
         pretraining=OptimizerSettings(lr=6e-4, beta2=0.98, max_grad_norm=1.0),
         # Of a model of this size, which has nothing to spare: no dropout, and a rate that leaves alone what it knows.
         lr=(2e-4,),
-        # Translation with less goes on in English where it sees a picture.
-        lr_of={"translation": (5e-4,), "snli-ve": (3e-4,)},
+        # What is transferred is chosen by the run itself, on text.
+        lr_of={"snli-ve": (3e-4,), "nli": _RATES, "translation": _RATES},
         ablation_lr=2e-4,
         ablation_epochs=2,
         dropout=0.0,
@@ -120,7 +136,7 @@ SCALES = {
             "vqav2": 10,
             "nlvr2": 12,
             "snli-ve": 6,
-            "nli": 16,
+            "nli": 10,
             "coco": 2,
             "multi30k": 6,
             "translation": 4,
@@ -166,6 +182,7 @@ GALLERY = {
     "open-ended VQA": "eval/open-vqa/without-finetuning",
 }
 """The panels of the paper's gallery, and the jobs that fill them."""
+_VQA = ("vqav2", "open-vqa")
 _OPEN_VQA_LEFT_OUT = ("purple", "star", "black", "ring")
 
 
@@ -317,6 +334,10 @@ def _finetune(
         "precision": scale.precision,
         **settings,
     }
+    if task in scale.rand_augment:
+        values["rand_augment"] = True
+    if scale.vqa_splits is not None and task in _VQA:
+        values["splits"] = scale.vqa_splits[:2]
     return Job(name=name, kind="finetune", row=row, seed=seed, settings=values)
 
 
@@ -331,4 +352,6 @@ def _eval(scale: Scale, data: Data, task: str, name: str, row: str, seed: int, *
         "precision": scale.precision,
         **settings,
     }
+    if scale.vqa_splits is not None and task in _VQA:
+        values["split"] = scale.vqa_splits[2]
     return Job(name=name, kind="eval", row=row, seed=seed, settings=values)

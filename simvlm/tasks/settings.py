@@ -111,6 +111,8 @@ def check_finetune(settings: FinetuneSettings, task: Task) -> None:
         raise ValueError(
             "checkpoint, variant: one of the two must be given, got " + ("both" if settings.variant else "none")
         )
+    if settings.checkpoint and settings.tokenizer:
+        raise ValueError(f"tokenizer must be none with checkpoint, which has its own, got {settings.tokenizer}")
     if settings.variant and not settings.tokenizer:
         raise ValueError("tokenizer must be given with variant, got none")
     _at_least(settings, 1, "epochs", "batch")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 
-from simvlm.tasks.annotations import Annotations, check_split
+from simvlm.tasks.annotations import Annotations, Missing, check_split
 from simvlm.tasks.examples import Example, Split
 from simvlm.tasks.nli import LABELS
 
@@ -17,13 +17,13 @@ OFFICIAL_COUNTS = {"train": 529_527, "dev": 17_858, "test": 17_901}
 """github.com/necla-ml/SNLI-VE"""
 
 
-def read(folder: str | os.PathLike[str], split: str, *, skip_missing: bool = False) -> Split:
+def read(folder: str | os.PathLike[str], split: str, *, missing: Missing = "refuse") -> Split:
     """A split: pictures and hypotheses as `text`. The caption that stood in for the picture in SNLI is not given.
 
     Args:
         folder: with the files named above.
         split: "train", "dev" or "test".
-        skip_missing: leave out hypotheses whose picture is missing.
+        missing: what becomes of hypotheses whose picture is.
 
     Raises:
         FileNotFoundError: a file or picture is missing.
@@ -41,4 +41,4 @@ def read(folder: str | os.PathLike[str], split: str, *, skip_missing: bool = Fal
         for record in annotations.json_lines(f"snli_ve_{split}.jsonl")
     ]
     official = OFFICIAL_COUNTS[split]
-    return annotations.split(split, examples, official=official, labels=LABELS, skip_missing=skip_missing)
+    return annotations.split(split, examples, official=official, labels=LABELS, missing=missing)

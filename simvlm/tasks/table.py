@@ -23,6 +23,7 @@ from simvlm.tasks import (
     text_pairs,
     vqav2,
 )
+from simvlm.tasks.annotations import Missing
 from simvlm.tasks.examples import Split
 
 Head = Literal["classify", "answers", "write", "probe"]
@@ -30,7 +31,7 @@ Metric = Literal["accuracy", "vqa", "captions", "bleu", "none"]
 
 
 class Reader(Protocol):
-    def __call__(self, folder: str | Path, split: str, *, skip_missing: bool = False) -> Split: ...
+    def __call__(self, folder: str | Path, split: str, *, missing: Missing = "refuse") -> Split: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,7 @@ class Task:
 def _glue(name: str) -> Task:
     return Task(
         name=name.lower(),
-        read=glue.read,
+        read=functools.partial(glue.read, task=name),
         folder=f"glue/{name}",
         head="classify",
         metric="accuracy",

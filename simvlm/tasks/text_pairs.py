@@ -5,19 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from simvlm.tasks.annotations import Annotations
+from simvlm.tasks.annotations import Annotations, Missing
 from simvlm.tasks.examples import Example, Split
 
 TASK = "text_pairs"
 
 
-def read(folder: str | os.PathLike[str], split: str, *, skip_missing: bool = False) -> Split:
+def read(folder: str | os.PathLike[str], split: str, *, missing: Missing = "refuse") -> Split:
     """A split: English as `source`, German as the only reference, without images.
 
     Args:
         folder: with `<split>.en` and `<split>.de`.
         split: any name. Its count is checked only by a manifest: no text is the official one.
-        skip_missing: for the sake of one signature; no image can be missing.
+        missing: for the sake of one signature; no image can be missing.
 
     Raises:
         FileNotFoundError: a file is missing.

@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from simvlm.tasks import predictions as files
-from simvlm.tasks.annotations import Annotations, check_split
+from simvlm.tasks.annotations import Annotations, Missing, check_split
 from simvlm.tasks.examples import Example, Split
 
 TASK = "vqav2"
@@ -42,13 +42,13 @@ OFFICIAL_COUNTS = {
 """questions: visualqa.org/download.html; of Karpathy's splits: VL-T5's files, github.com/j-min/VL-T5/issues/6"""
 
 
-def read(folder: str | os.PathLike[str], split: str, *, skip_missing: bool = False) -> Split:
+def read(folder: str | os.PathLike[str], split: str, *, missing: Missing = "refuse") -> Split:
     """A split: pictures, questions as `text`, ten answers as `references`, question types as `group`.
 
     Args:
         folder: with the files named above.
         split: "train", "val", "test-dev" or "test"; "karpathy-train", "karpathy-val" or "karpathy-test".
-        skip_missing: leave out questions whose picture is missing.
+        missing: what becomes of questions whose picture is.
 
     Raises:
         FileNotFoundError: a file or picture is missing.
@@ -62,7 +62,7 @@ def read(folder: str | os.PathLike[str], split: str, *, skip_missing: bool = Fal
         examples = [example for image, example in asked if places.get(image) in KARPATHY[split]]
     else:
         examples = [example for _, example in _questions(annotations, split)]
-    return annotations.split(split, examples, official=OFFICIAL_COUNTS[split], skip_missing=skip_missing, unique=True)
+    return annotations.split(split, examples, official=OFFICIAL_COUNTS[split], missing=missing, unique=True)
 
 
 def answer_vocabulary(
