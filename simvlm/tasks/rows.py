@@ -135,7 +135,7 @@ SCALES = {
         epochs={
             "vqav2": 10,
             "nlvr2": 12,
-            "snli-ve": 6,
+            "snli-ve": 12,
             "nli": 10,
             "coco": 2,
             "multi30k": 6,
