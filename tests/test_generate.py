@@ -12,10 +12,10 @@ from model_cases import ARCHS, ONE_STACK, TINY, tiny_model
 
 from simvlm.kernels import parity
 from simvlm.kernels.attention import spec as attention_spec
-from simvlm.model import Batch
+from simvlm.model import Batch, search
 from simvlm.model.decoding import Decoding
 from simvlm.model.generate import Sampling, beam_search, sample_search
-from simvlm.model.search import _Search
+from simvlm.model.search import Generated, _Search
 
 BOS, EOS = 1, 2
 MAX_LEN = 8
@@ -131,10 +131,10 @@ def _plain_beam_search(model, image, prompt, beam):
         candidates.sort(key=lambda candidate: candidate[:3])
         best = candidates[: 2 * beam]
         for value, _, token, tokens in best[:beam]:
-            if token == EOS and len(finished) < beam:
+            if token == EOS:
                 finished.append((-value / _norm(len(tokens) + 1), tokens))
         live = [(-value, (*tokens, token)) for value, _, token, tokens in best if token != EOS][:beam]
-        if len(finished) == beam or (finished and max(finished)[0] >= live[0][0] / _norm(MAX_LEN)):
+        if finished and max(finished)[0] >= live[0][0] / _norm(MAX_LEN):
             return max(finished, key=lambda text: text[0])
     return max(finished + [(total / _norm(MAX_LEN), tokens) for total, tokens in live], key=lambda text: text[0])
 
@@ -153,6 +153,21 @@ def test_beam_search_is_its_definition(model):
             torch.testing.assert_close(text.score, score)
         lengths |= {len(text.tokens) for text in texts}
     assert len(lengths) > 2
+
+
+@pytest.mark.parametrize("beam", [1, 2, 4])
+def test_a_text_that_the_model_is_sure_of_is_not_cut_by_ends_that_it_hardly_believes_in(beam):
+    """At every step the end is the second best continuation, far behind; a beam is soon full of ends."""
+    sure = [11, 12, 13, 14, 15, 16, 17, 18, EOS]
+
+    def best(tokens, time, parents, totals):
+        assert tokens[0] == (sure[time - 1] if time else BOS)
+        on = [(totals[0], 0, sure[time]), (totals[0] - 9.0, 0, 20 if sure[time] == EOS else EOS)]
+        on += [(totals[0] - 20.0 - i, 0, 21 + i) for i in range(2 * beam - 2)]
+        return tuple(np.array([row]) for row in zip(*on, strict=True))
+
+    (text,) = search.beam_search(best, 1, beam, 30)
+    assert text == Generated(tuple(sure[:-1]), 0.0, True)
 
 
 @pytest.mark.parametrize("options", [{}, {"beam": 3}, {"sample": Sampling(seed=4)}, {"sample": Sampling(top_k=2)}])
@@ -283,13 +298,13 @@ def test_a_beam_finds_what_greedy_misses():
 
 
 def test_the_search_stops_when_no_live_hypothesis_can_win():
-    search = _Search(beam=2, max_len=4)
-    search.advance([(-0.1, 0, EOS), (-3.0, 0, 5), (-4.0, 0, 6), (-5.0, 0, 7)])
-    assert search.done  # -0.1 / norm(1) is above -3 / norm(4)
-    assert search.best().tokens == ()
-    search = _Search(beam=2, max_len=4)
-    search.advance([(-0.1, 0, EOS), (-0.11, 0, 5), (-4.0, 0, 6), (-5.0, 0, 7)])
-    assert not search.done
+    one = _Search(beam=2, max_len=4)
+    one.advance([(-0.1, 0, EOS), (-3.0, 0, 5), (-4.0, 0, 6), (-5.0, 0, 7)])
+    assert one.done  # -0.1 / norm(1) is above -3 / norm(4)
+    assert one.best().tokens == ()
+    one = _Search(beam=2, max_len=4)
+    one.advance([(-0.1, 0, EOS), (-0.11, 0, 5), (-4.0, 0, 6), (-5.0, 0, 7)])
+    assert not one.done
 
 
 def test_sampling_is_reproducible_and_restricted(model):

@@ -2,9 +2,10 @@
 
     score = Σ ln p / ((5 + len) / 6)^0.6,    the end counted in len
 
-A hypothesis is finished when its end is among the K best continuations. An item is done when K have finished, or when
-no live one can still win: Σ ln p only falls, so its score is at most Σ ln p / ((5 + max_len) / 6)^0.6. At the length
-limit the live ones stand as they are. Ties go to the lowest id. A beam of one is greedy search. What a text has to
+A hypothesis is finished when its end is among the K best continuations. An item is done when no live one can still beat
+the best that has finished: Σ ln p only falls, so its score is at most Σ ln p / ((5 + max_len) / 6)^0.6. K finished ones do
+not end it: where a model is sure of a text, ends that it hardly believes in are among the K best at every step. At the
+length limit the live ones stand as they are. Ties go to the lowest id. A beam of one is greedy search. What a text has to
 begin with is no choice: it counts in len, and not in Σ ln p.
 """
 
@@ -59,12 +60,12 @@ def beam_search(best: Best, count: int, beam: int, max_len: int, begin: Sequence
 
 
 class _Search:
-    """One item's hypotheses, on the host."""
+    """One item's hypotheses, on the host: those that are live, and the best that has finished."""
 
     def __init__(self, beam: int, max_len: int) -> None:
         self.beam, self.max_len = beam, max_len
         self.done = False
-        self.finished: list[Generated] = []
+        self.finished: Generated | None = None
         # At first all beams are the same: one of them may go on.
         self.scores = [0.0] + [-math.inf] * (beam - 1)
         self.texts: list[tuple[int, ...]] = [()] * beam
@@ -86,18 +87,19 @@ class _Search:
         for rank, (value, parent, token) in enumerate(candidates):
             text = self.texts[parent]
             if token == EOS:
-                if rank < self.beam and len(self.finished) < self.beam and value > -math.inf:
-                    self.finished.append(Generated(text, value / norm(len(text) + 1), True))
+                score = value / norm(len(text) + 1)
+                if rank < self.beam and score > (-math.inf if self.finished is None else self.finished.score):
+                    self.finished = Generated(text, score, True)
             elif len(live) < self.beam:
                 live.append((value, parent, (*text, token)))
         self.scores = [value for value, _, _ in live]
         self.parents = [parent for _, parent, _ in live]
         self.texts = [text for _, _, text in live]
-        best_possible = max(self.scores) / norm(self.max_len)
-        self.done = len(self.finished) >= self.beam or any(text.score >= best_possible for text in self.finished)
+        if self.finished is not None:
+            self.done = self.beam == 1 or self.finished.score >= max(self.scores) / norm(self.max_len)
 
     def best(self) -> Generated:
-        texts = list(self.finished)
+        texts = [] if self.finished is None else [self.finished]
         if not self.done:
             texts += [
                 Generated(text, value / norm(len(text)), False)
