@@ -3,10 +3,10 @@
     score = Σ ln p / ((5 + len) / 6)^0.6,    the end counted in len
 
 A hypothesis is finished when its end is among the K best continuations. An item is done when no live one can still beat
-the best that has finished: Σ ln p only falls, so its score is at most Σ ln p / ((5 + max_len) / 6)^0.6. K finished ones do
-not end it: where a model is sure of a text, ends that it hardly believes in are among the K best at every step. At the
-length limit the live ones stand as they are. Ties go to the lowest id. A beam of one is greedy search. What a text has to
-begin with is no choice: it counts in len, and not in Σ ln p.
+the best that has finished: Σ ln p only falls, so its score is at most Σ ln p / ((5 + max_len) / 6)^0.6. K finished ones
+do not end it: where a model is sure of a text, ends that it hardly believes in are among the K best at every step. At
+the length limit the live ones stand as they are. Ties go to the lowest id. A beam of one is greedy search. What a text
+has to begin with is no choice: it counts in len, and not in Σ ln p.
 """
 
 from __future__ import annotations
