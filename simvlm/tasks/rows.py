@@ -139,7 +139,7 @@ SCALES = {
             "nli": 10,
             "coco": 2,
             "multi30k": 6,
-            "translation": 4,
+            "translation": 1,  # solved on dev: further ones only take from what the model knows of pictures
             "cola": 4,
             "rte": 4,
             "open-vqa": 4,

@@ -166,6 +166,7 @@ _TASKS = (
         head="write",
         metric="bleu",
         splits=("", "val", "test_2016_flickr"),
+        prompt=PROMPT,  # English, as all text that the encoder read when it learnt to translate
         reads_source=False,
     ),
     Task(  # text alone: what the zero-shot transfer to german-captions learns from
