@@ -218,24 +218,21 @@ def score(
         return Scored(_score_texts(task, said, truths, seed), {})
     result: dict[str, Any] = {}
     items: dict[str, float] = {}
-    if task.metric == "captions":
-        groups = sorted({example.group for example in examples} - {""})
-        for group in ["", *groups]:
-            part = [example for example in examples if not group or example.group == group]
-            texts = {example.id: said[example.id] for example in part}
-            scores = caption_scores(texts, {example.id: example.references for example in part})
-            entry = {"values": scores.values, "skipped": scores.skipped, "signatures": scores.signatures}
-            if "CIDEr" in scores.items:
-                entry["cider"] = dataclasses.asdict(bootstrap(list(scores.items["CIDEr"].values()), seed=seed))
-            result.setdefault("captions", {})[group or "all"] = entry
-            items = items or scores.items.get("CIDEr", {})
-        scenes = scenes_of(examples)
-        if scenes is not None:
-            right = {
-                example.id: float(judge(predictions[example.id], scenes[example.id]).correct) for example in examples
-            }
-            result["judged_right"] = dataclasses.asdict(bootstrap(list(right.values()), seed=seed))
-            items = right
+    groups = sorted({example.group for example in examples} - {""})
+    for group in ["", *groups]:
+        part = [example for example in examples if not group or example.group == group]
+        texts = {example.id: said[example.id] for example in part}
+        scores = caption_scores(texts, {example.id: example.references for example in part})
+        entry = {"values": scores.values, "skipped": scores.skipped, "signatures": scores.signatures}
+        if "CIDEr" in scores.items:
+            entry["cider"] = dataclasses.asdict(bootstrap(list(scores.items["CIDEr"].values()), seed=seed))
+        result.setdefault("captions", {})[group or "all"] = entry
+        items = items or scores.items.get("CIDEr", {})
+    scenes = scenes_of(examples)
+    if scenes is not None:
+        right = {example.id: float(judge(predictions[example.id], scenes[example.id]).correct) for example in examples}
+        result["judged_right"] = dataclasses.asdict(bootstrap(list(right.values()), seed=seed))
+        items = right
     return Scored(result, items)
 
 

@@ -20,10 +20,13 @@ def lines(result: dict[str, Any]) -> str:
         found.append(f"  {name:14} {_shown(value)}, {value['n']} questions")
     if "bleu" in result:
         found.append(f"  BLEU-4   {_shown(result['bleu'], percent=False)}   {result['bleu']['signature']}")
-        found.append(f"           {_shown(result['constant']['bleu'], percent=False)}   the best constant text")
         if "cider" in result:
             found.append(f"  CIDEr    {_shown(result['cider'], percent=False)}")
-            found.append(f"           {_shown(result['constant']['cider'], percent=False)}   the best constant text")
+        for measure, name in (("bleu", "BLEU-4"), ("cider", "CIDEr")):
+            if measure in result["constant"]:
+                found.append(
+                    f"  {name:8} {_shown(result['constant'][measure], percent=False)}   of the best constant text"
+                )
         found += [f"  {name} skipped: {why}" for name, why in result["skipped"].items()]
     for group, entry in result.get("captions", {}).items():
         values = "  ".join(f"{name} {value:.1f}" for name, value in entry["values"].items())

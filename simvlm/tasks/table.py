@@ -185,7 +185,7 @@ _TASKS = (
         metric="accuracy",
         splits=("train", "val", "val"),
     ),
-    *map(_glue, ("CoLA", "SST-2", "MRPC", "RTE")),
+    *map(_glue, glue.TASKS),
 )
 TASKS = {task.name: task for task in _TASKS}
 
